@@ -1,0 +1,116 @@
+"""A dataset: the shards of one manifest behind global ids. numpy and storage only, so every package may use it.
+
+A global chunk id is the shard's chunk base plus the id inside the shard; documents are numbered the same way.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from etl.manifest import DOCUMENT_DTYPE, DatasetManifest, Shard, load_manifest
+from etl.retmmap import RetMMapReader
+from etl.storage import StageFolder, StorageError
+
+
+class Dataset:
+    """Shards are fetched and opened on first use; picklable, a copy opens its own maps.
+
+    Raises:
+        FileNotFoundError: `url` is not the folder of a finished dataset.
+        StorageError: its manifest or a shard is damaged.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.manifest: DatasetManifest = load_manifest(url)
+        counts = [[shard.num_chunks, shard.num_documents] for shard in self.manifest.shards]
+        bases = np.cumsum([[0, 0], *counts], axis=0, dtype=np.int64)
+        self._chunk_base, self._document_base = bases[:, 0], bases[:, 1]
+        self._open: dict[int, tuple[RetMMapReader, NDArray[np.void]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    @property
+    def num_chunks(self) -> int:
+        return int(self._chunk_base[-1])
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._document_base[-1])
+
+    @property
+    def chunk_size(self) -> int:
+        return self.manifest.chunk_size
+
+    def shard(self, i: int) -> tuple[RetMMapReader, NDArray[np.void]]:
+        """Shard i: its token file and its document table (DOCUMENT_DTYPE)."""
+        if i not in self._open:
+            self._open[i] = self._open_shard(self.manifest.shards[i])
+        return self._open[i]
+
+    def _open_shard(self, shard: Shard) -> tuple[RetMMapReader, NDArray[np.void]]:
+        folder = StageFolder(self.url)
+        reader = RetMMapReader(folder.fetch(shard.bin), folder.fetch(shard.idx))
+        documents = np.load(folder.fetch(shard.docs), mmap_mode="r", allow_pickle=False)
+        found = (reader.layout, reader.num_documents, reader.num_chunks, documents.dtype, len(documents))
+        expected = (self.manifest.layout, shard.num_documents, shard.num_chunks, DOCUMENT_DTYPE, shard.num_documents)
+        if found != expected:
+            raise StorageError(f"{reader.idx_path}: found {found}, the manifest says {expected}")
+        return reader, documents
+
+    def _by_shard(self, ids: NDArray[np.int64], base: NDArray[np.int64]) -> list[tuple[int, NDArray[np.intp]]]:
+        """(shard, positions in `ids` that fall into it)."""
+        if ids.size and (ids.min() < 0 or ids.max() >= base[-1]):
+            raise IndexError(f"{self.url}: ids {ids.min()}..{ids.max()}; the dataset holds 0..{base[-1] - 1}")
+        owner = np.searchsorted(base, ids, side="right") - 1
+        return [(int(s), np.flatnonzero(owner == s)) for s in np.unique(owner)]
+
+    def get_chunk(self, chunk_ids: ArrayLike, continuation: bool = True) -> NDArray[Any]:
+        """[N, chunk_size] tokens of chunks [N], or [N, 2 chunk_size] with the continuation (retrieval dataset).
+
+        Raises:
+            IndexError: an id outside 0..num_chunks - 1.
+        """
+        ids = np.asarray(chunk_ids, np.int64)
+        layout = self.manifest.layout
+        width = self.chunk_size * (2 if continuation and layout.retrieval_db else 1)
+        out = np.empty((len(ids), width), layout.dtype)
+        for s, where in self._by_shard(ids, self._chunk_base):
+            out[where] = self.shard(s)[0].get_chunk(ids[where] - self._chunk_base[s], continuation)
+        return out
+
+    def chunk_to_doc(self, chunk_ids: ArrayLike) -> NDArray[np.int64]:
+        """Document number of each chunk id [N]."""
+        ids = np.asarray(chunk_ids, np.int64)
+        out = np.empty(len(ids), np.int64)
+        for s, where in self._by_shard(ids, self._chunk_base):
+            out[where] = self.shard(s)[0].chunk_to_doc(ids[where] - self._chunk_base[s]) + self._document_base[s]
+        return out
+
+    @cached_property
+    def documents(self) -> NDArray[np.void]:
+        """[num_documents] the document tables of all shards, DOCUMENT_DTYPE (40 bytes a document)."""
+        return np.concatenate([np.empty(0, DOCUMENT_DTYPE), *(self.shard(i)[1] for i in range(len(self.manifest.shards)))])
+
+    @cached_property
+    def document_keys(self) -> NDArray[np.uint64]:
+        """[num_documents] first 64 bits of the content hash: equal text has equal keys in any dataset."""
+        return np.ascontiguousarray(self.documents["content_hash"][:, 0])
+
+    @cached_property
+    def document_first_chunk(self) -> NDArray[np.int64]:
+        """[num_documents + 1] id of each document's first chunk, then num_chunks."""
+        firsts = [self.shard(i)[0].first_chunk + self._chunk_base[i] for i in range(len(self.manifest.shards))]
+        return np.concatenate([*firsts, [self.num_chunks]]).astype(np.int64)
+
+    def chunk_keys(self, chunk_ids: ArrayLike) -> NDArray[np.uint64]:
+        """Key of the document that each chunk id belongs to, same shape."""
+        ids = np.asarray(chunk_ids, np.int64)
+        return self.document_keys[self.chunk_to_doc(ids.ravel())].reshape(ids.shape)
+
+    def is_all_pad(self, chunk_ids: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each chunk [N] holds nothing but pads."""
+        return (self.get_chunk(chunk_ids, continuation=False) == self.manifest.pad_id).all(axis=1)

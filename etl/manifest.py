@@ -1,0 +1,120 @@
+"""The manifest of a dataset: which retmmap shards belong to it, in which order, and what they were made from.
+
+Written last by preparation (the commit point), read by everything else. Standard library and numpy dtypes only.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from etl.retmmap import Layout
+from etl.storage import StorageError, StoredFile, content_key, join_url, read_json
+
+FORMAT = "retromill-dataset"
+VERSION = 1
+NAME = "manifest.json"
+Split = Literal["train", "validation", "test", "retrieval"]
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
+
+DOCUMENT_DTYPE = np.dtype([("content_hash", "<u8", 2), ("source", "<i4"), ("offset", "<i8"), ("text_bytes", "<i8")])
+"""One row a document in a shard's `.docs.npy`: content hash (128 bits), number of the source file in
+`DatasetManifest.sources`, byte offset of its line there (uncompressed), UTF-8 bytes of its text."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One retmmap file pair with its document table."""
+
+    bin: StoredFile
+    idx: StoredFile
+    docs: StoredFile
+    num_documents: int
+    num_chunks: int
+    num_tokens: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """num_tokens counts text and end-of-document tokens, no pads. Shards are in document order."""
+
+    split: Split
+    chunk_size: int
+    stride: int
+    dtype_code: int
+    pad_id: int
+    eod_id: int
+    eod_token: str
+    vocab_size: int
+    tokenizer: StoredFile
+    tokenizer_fingerprint: str
+    sources: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.chunk_size, self.stride, self.dtype_code, self.split == "retrieval")
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over the content: tokenizer and the hashes of all shards."""
+        return content_key(FORMAT, VERSION, asdict(self))
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(shard.num_chunks for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(shard.text_bytes for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+
+
+def load_manifest(dataset_url: str) -> DatasetManifest:
+    """The manifest in a dataset folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no manifest, so no finished dataset.
+        StorageError: another format or version, missing fields, or content that does not match its fingerprint.
+    """
+    url = join_url(dataset_url, NAME)
+    try:
+        found = read_json(url)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{url}: no such file; expected the folder of a finished dataset (run jobs.prepare_data, and name one of the "
+            "folders it prints)"
+        ) from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise StorageError(f"{url}: expected a manifest with format {FORMAT!r}")
+    if found.get("version") != VERSION:
+        raise StorageError(f"{url}: version {found.get('version')!r}; this code reads version {VERSION}")
+    missing = [f.name for f in fields(DatasetManifest) if f.name not in found]
+    if missing:
+        raise StorageError(f"{url}: fields {missing} are missing; prepare the dataset again")
+    manifest = _from_json(found)
+    if manifest.fingerprint != found.get("fingerprint"):
+        raise StorageError(f"{url}: fingerprint {found.get('fingerprint')} does not match the content; it was edited")
+    return manifest
+
+
+def _from_json(found: dict[str, Any]) -> DatasetManifest:
+    plain = {f.name: found[f.name] for f in fields(DatasetManifest)}
+    shards = tuple(
+        Shard(**(entry | {part: StoredFile(**entry[part]) for part in ("bin", "idx", "docs")}))
+        for entry in plain["shards"]
+    )
+    return DatasetManifest(
+        **(plain | {"tokenizer": StoredFile(**plain["tokenizer"]), "sources": tuple(plain["sources"]), "shards": shards})
+    )

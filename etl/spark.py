@@ -1,0 +1,29 @@
+"""The Spark session of `python -m jobs.X`: same settings file as spark-submit, a Java that works, this Python everywhere.
+
+Spark file: the only place besides `etl/prepare.py` that imports pyspark.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from etl.java import find_java_home
+
+CONF_FOLDER = Path(__file__).resolve().parents[1]
+
+
+def spark_session(app_name: str) -> SparkSession:
+    """The running session (spark-submit, a notebook), or a new one set up by the repository's `spark-defaults.conf`.
+
+    Raises:
+        JavaError: no usable Java.
+    """
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
+    if SparkSession.getActiveSession() is None:
+        os.environ.setdefault("JAVA_HOME", find_java_home())
+        os.environ.setdefault("SPARK_CONF_DIR", str(CONF_FOLDER))
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    return SparkSession.Builder().appName(app_name).getOrCreate()

@@ -1,0 +1,170 @@
+"""RETRO (arXiv 2112.04426, NeMo's variant) and its plain decoder: one class, retrieval on or off.
+
+The decoder runs to the attention half of its first layer with chunked cross-attention; the retrieval encoder reads the
+neighbors in the light of the states there; the decoder goes on and attends to what the encoder made of them. Token t may
+see the neighbors of chunk u iff t >= (u + 1) * chunk_size - 1. Retrieval off means: chunked cross-attention is skipped.
+
+The model knows nothing of devices, meshes or files. Shape letters as in `model/attention.py`; V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Context, windows
+from model.config import RetroConfig
+from model.layers import DecoderLayer, EncoderLayer
+from model.rotary import Table, rotary_table
+
+
+class NeighborEncoder(nn.Module):
+    """Encodes each neighbor bidirectionally, attending to the decoder's states of the chunk it was retrieved for."""
+
+    def __init__(self, config: RetroConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, layer in config.enc_cross_attention) for layer in range(config.enc_num_layers)
+        )
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, x_NKRD: Tensor, mask_NKR: Tensor, chunk_NMD: Tensor, chunk_mask_NM: Tensor) -> Tensor:
+        """[N, K, R, D] from embedded neighbors, the states of their chunks, and which tokens of both are no pads."""
+        table = self._table(x_NKRD.shape[2], x_NKRD.device)
+        self_mask = mask_NKR[..., :, None] & mask_NKR[..., None, :]
+        context = Context(
+            states_NTD=chunk_NMD,
+            mask_NQT=mask_NKR.flatten(1)[:, :, None] & chunk_mask_NM[:, None, :],
+            query_table=tuple(part.repeat(x_NKRD.shape[1], 1) for part in table),  # type: ignore[arg-type]
+            key_table=self._table(chunk_NMD.shape[1], x_NKRD.device),
+        )
+        for layer in self.layers:
+            x_NKRD = layer(x_NKRD, table, self_mask, context)
+        return self.final_layernorm(x_NKRD)
+
+    def _table(self, length: int, device: torch.device) -> Table:
+        return rotary_table(torch.arange(length, device=device), self.config.rotary_dim, self.config.rotary_base)
+
+
+class Retro(nn.Module):
+    """Tied embedding and head, pre-layernorm, rotary positions, a learned bias on the logits."""
+
+    def __init__(self, config: RetroConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer in config.dec_cross_attention) for layer in range(config.dec_num_layers)
+        )
+        self.encoder = NeighborEncoder(config) if config.has_retrieval else None
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        tokens_mask_BL: Tensor,
+        neighbors_BCKR: Tensor | None = None,
+        neighbors_mask_BCKR: Tensor | None = None,
+        labels_BL: Tensor | None = None,
+        loss_mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, L, V] of the next token; with labels, the float32 losses [n] of the n labels in loss_mask_BL.
+
+        Args:
+            tokens_BL: Token ids; L need not be a multiple of chunk_size.
+            tokens_mask_BL: False on pads.
+            neighbors_BCKR: Token ids of K neighbors of each of the C = L // chunk_size whole chunks, R = 2 chunk_size;
+                None turns retrieval off.
+            neighbors_mask_BCKR: False on pads and on missing neighbors.
+            labels_BL: Next tokens; the head then runs only where loss_mask_BL is True.
+            loss_mask_BL: Which labels count.
+
+        Raises:
+            ValueError: neighbors for a plain decoder, or of another shape than the chunks need.
+        """
+        x_BLD = self.word_embeddings(tokens_BL)
+        positions = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        table = rotary_table(positions, self.config.rotary_dim, self.config.rotary_base)
+        segments_BL = document_segments(tokens_BL, self.config.eod_id)
+        mask_BLL = causal_mask(segments_BL, tokens_mask_BL)
+        context = None
+        for i, layer in enumerate(self.layers):
+            if i == self.config.split_layer and neighbors_BCKR is not None:
+                x_BLD, y_BLD = layer.attention_half(x_BLD, table, mask_BLL)
+                context = self._neighbor_context(y_BLD, tokens_mask_BL, segments_BL, neighbors_BCKR, neighbors_mask_BCKR)
+                x_BLD = layer.feed_forward_half(x_BLD, y_BLD, context)
+            elif i == self.config.split_layer:
+                x_BLD = layer.feed_forward_half(*layer.attention_half(x_BLD, table, mask_BLL), None)
+            else:
+                x_BLD = layer(x_BLD, table, mask_BLL, context)
+        hidden_BLD = self.final_layernorm(x_BLD)
+        if labels_BL is None or loss_mask_BL is None:
+            return F.linear(hidden_BLD, self.word_embeddings.weight, self.head_bias)
+        logits_nV = F.linear(hidden_BLD[loss_mask_BL], self.word_embeddings.weight, self.head_bias)
+        return F.cross_entropy(logits_nV.float(), labels_BL[loss_mask_BL], reduction="none")
+
+    def _neighbor_context(
+        self,
+        y_BLD: Tensor,
+        tokens_mask_BL: Tensor,
+        segments_BL: Tensor,
+        neighbors_BCKR: Tensor,
+        neighbors_mask_BCKR: Tensor | None,
+    ) -> Context:
+        """Runs the encoder on the neighbors of all whole chunks; what chunked cross-attention attends to."""
+        m = self.config.chunk_size
+        batch, length = tokens_mask_BL.shape
+        chunks = length // m
+        if self.encoder is None or neighbors_mask_BCKR is None:
+            raise ValueError("neighbors were given, but this is a plain decoder or their mask is missing")
+        if neighbors_BCKR.shape[:2] != (batch, chunks) or neighbors_BCKR.shape[3] != 2 * m:
+            raise ValueError(
+                f"neighbors are {list(neighbors_BCKR.shape)}; {batch} sequences of {length} tokens in chunks of {m} "
+                f"need [{batch}, {chunks}, K, {2 * m}]"
+            )
+        mask_NKR = neighbors_mask_BCKR.flatten(0, 1)
+        encoded_NKRD = self.encoder(
+            self.word_embeddings(neighbors_BCKR.flatten(0, 1)),
+            mask_NKR,
+            y_BLD[:, : chunks * m].unflatten(1, (chunks, m)).flatten(0, 1),
+            tokens_mask_BL[:, : chunks * m].unflatten(1, (chunks, m)).flatten(0, 1),
+        )
+        query_mask_NM = windows(tokens_mask_BL, m).flatten(0, 1)
+        if self.config.reset_cross_attention:
+            chunk_segment_NM = segments_BL[:, : chunks * m : m].reshape(-1, 1)
+            query_mask_NM = query_mask_NM & (windows(segments_BL, m).flatten(0, 1) == chunk_segment_NM)
+        return Context(
+            states_NTD=encoded_NKRD.flatten(1, 2),
+            mask_NQT=query_mask_NM[:, :, None] & mask_NKR.flatten(1)[:, None, :],
+            query_table=self._table(torch.arange(m, device=y_BLD.device)),
+            key_table=self._table(self._neighbor_positions(mask_NKR.shape[1], y_BLD.device)),
+        )
+
+    def _neighbor_positions(self, neighbors: int, device: torch.device) -> Tensor:
+        """[K * R] the same positions for each neighbor, so that their order does not matter."""
+        m = self.config.chunk_size
+        first = -(m - 1) if self.config.version == 2 else 0
+        return (torch.arange(2 * m, device=device) + first).repeat(neighbors)
+
+    def _table(self, positions: Tensor) -> Table:
+        return rotary_table(positions, self.config.rotary_dim, self.config.rotary_base)
+
+
+def document_segments(tokens_BL: Tensor, eod_id: int) -> Tensor:
+    """[B, L] how many end-of-document tokens stand before each position; an end-of-document belongs to its document."""
+    ends = (tokens_BL == eod_id).long()
+    return ends.cumsum(dim=1) - ends
+
+
+def causal_mask(segments_BL: Tensor, tokens_mask_BL: Tensor) -> Tensor:
+    """[B, L, L] query may see key: not later, same document, neither a pad."""
+    length = segments_BL.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
+    same = segments_BL[:, :, None] == segments_BL[:, None, :]
+    return causal & same & tokens_mask_BL[:, :, None] & tokens_mask_BL[:, None, :]
+
+
+def is_retrieval_parameter(name: str) -> bool:
+    """Whether a parameter exists only for retrieval: the encoder and chunked cross-attention with its norm."""
+    return name.startswith("encoder.") or ".cross_attention." in name or ".post_inter_attention_layernorm." in name

@@ -19,15 +19,25 @@ _MAX_FILE_BYTES = 2 << 20
 def installed_documents(max_bytes: int) -> Iterator[dict[str, Any]]:
     """Loose JSON records {id, src, title, text}, READMEs and modules mixed, until their texts reach max_bytes."""
     total = 0
-    for key in sorted([*_readmes(), *_modules()], key=lambda key: hashlib.sha256(key[0].encode()).digest()):
+    for key in sorted(
+        [*_readmes(), *_modules()], key=lambda key: hashlib.sha256(key[0].encode()).digest()
+    ):
         name, location = key
-        text = _readme_text(location) if isinstance(location, Distribution) else _docstrings(name, location)
+        text = (
+            _readme_text(location)
+            if isinstance(location, Distribution)
+            else _docstrings(name, location)
+        )
         if len(text) < _MIN_CHARACTERS:
             continue
         total += len(text.encode())
         if total > max_bytes:
             return
-        yield {"id": name, "src": "readme" if isinstance(location, Distribution) else "docstrings", "text": text}
+        yield {
+            "id": name,
+            "src": "readme" if isinstance(location, Distribution) else "docstrings",
+            "text": text,
+        }
 
 
 def _readmes() -> Iterator[tuple[str, Distribution]]:

@@ -12,33 +12,14 @@ from typing import Any
 ANSWER_PATTERN = r"\nA: ([^\n]+)"
 """Finds the answers in the text of a question document."""
 
-_SYLLABLES = (
-    "ba be bo bra dra du el fen gar hel il jor ka kel lan lo mar mi nor o pel qua ra ri san sel ta tor ul va vel vi wen "
-    "yar zan zo thi gru sko dun pli"
-).split()
-_KINDS = (
-    "lighthouse monastery harbour village fortress academy vineyard mill market observatory quarry shipyard library "
-    "garden castle bridge"
-).split()
+_SYLLABLES = ["ba", "be", "bo", "bra", "dra", "du", "el", "fen", "gar", "hel", "il", "jor", "ka", "kel", "lan", "lo", "mar", "mi", "nor", "o", "pel", "qua", "ra", "ri", "san", "sel", "ta", "tor", "ul", "va", "vel", "vi", "wen", "yar", "zan", "zo", "thi", "gru", "sko", "dun", "pli"]
+_KINDS = ["lighthouse", "monastery", "harbour", "village", "fortress", "academy", "vineyard", "mill", "market", "observatory", "quarry", "shipyard", "library", "garden", "castle", "bridge"]
 
 VALUES: dict[str, list[str]] = {
-    "founder": (
-        "Ada Boris Clara Dmitri Edith Felix Greta Hugo Irene Jonas Karin Leon Maria Nils Olga Peter Rosa Simon Tessa Viktor "
-        "Agnes Bruno Carla David Elena Frank Gloria Henry Ivan Julia Kevin Laura Martin Nora Oscar Paula Robert Sara Thomas "
-        "Vera"
-    ).split(),
-    "banner": (
-        "red blue green yellow black white silver golden purple orange crimson violet scarlet turquoise amber ivory brown "
-        "grey pink copper"
-    ).split(),
-    "craft": (
-        "weaving pottery fishing brewing carving baking mining painting printing sailing hunting dyeing farming tailoring "
-        "gardening knitting cooking welding singing dancing"
-    ).split(),
-    "emblem": (
-        "wolf heron otter falcon bear stag fox raven salmon badger lynx owl swan boar eagle crane horse lion tiger snake "
-        "turtle spider beetle rabbit camel goat dolphin whale shark frog"
-    ).split(),
+    "founder": ["Ada", "Boris", "Clara", "Dmitri", "Edith", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leon", "Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tessa", "Viktor", "Agnes", "Bruno", "Carla", "David", "Elena", "Frank", "Gloria", "Henry", "Ivan", "Julia", "Kevin", "Laura", "Martin", "Nora", "Oscar", "Paula", "Robert", "Sara", "Thomas", "Vera"],
+    "banner": ["red", "blue", "green", "yellow", "black", "white", "silver", "golden", "purple", "orange", "crimson", "violet", "scarlet", "turquoise", "amber", "ivory", "brown", "grey", "pink", "copper"],
+    "craft": ["weaving", "pottery", "fishing", "brewing", "carving", "baking", "mining", "painting", "printing", "sailing", "hunting", "dyeing", "farming", "tailoring", "gardening", "knitting", "cooking", "welding", "singing", "dancing"],
+    "emblem": ["wolf", "heron", "otter", "falcon", "bear", "stag", "fox", "raven", "salmon", "badger", "lynx", "owl", "swan", "boar", "eagle", "crane", "horse", "lion", "tiger", "snake", "turtle", "spider", "beetle", "rabbit", "camel", "goat", "dolphin", "whale", "shark", "frog"],
 }
 """Possible values of each attribute, equally likely."""
 
@@ -105,7 +86,9 @@ def _place(generator: random.Random, names: set[str]) -> dict[str, str]:
     while not name or name in names:
         name = "".join(generator.sample(_SYLLABLES, 3)).capitalize()
     names.add(name)
-    province = "".join(generator.sample(_SYLLABLES, 2)).capitalize() + generator.choice(("ia", "land", "mark", "shire"))
+    province = "".join(generator.sample(_SYLLABLES, 2)).capitalize() + generator.choice(
+        ("ia", "land", "mark", "shire")
+    )
     values = {attribute: generator.choice(values) for attribute, values in VALUES.items()}
     return {"name": name, "kind": generator.choice(_KINDS), "province": province, **values}
 
@@ -116,7 +99,10 @@ def _record(place: dict[str, str], kind: str, split: str, text: str) -> dict[str
 
 def _statement(generator: random.Random, place: dict[str, str]) -> str:
     attributes = generator.sample(list(_STATEMENTS), len(_STATEMENTS))
-    sentences = [generator.choice(_OPENINGS), *(generator.choice(_STATEMENTS[a]) for a in attributes)]
+    sentences = [
+        generator.choice(_OPENINGS),
+        *(generator.choice(_STATEMENTS[a]) for a in attributes),
+    ]
     return " ".join(sentences).format(**place)
 
 

@@ -55,16 +55,32 @@ class Dataset:
         folder = StageFolder(self.url)
         reader = RetMMapReader(folder.fetch(shard.bin), folder.fetch(shard.idx))
         documents = np.load(folder.fetch(shard.docs), mmap_mode="r", allow_pickle=False)
-        found = (reader.layout, reader.num_documents, reader.num_chunks, documents.dtype, len(documents))
-        expected = (self.manifest.layout, shard.num_documents, shard.num_chunks, DOCUMENT_DTYPE, shard.num_documents)
+        found = (
+            reader.layout,
+            reader.num_documents,
+            reader.num_chunks,
+            documents.dtype,
+            len(documents),
+        )
+        expected = (
+            self.manifest.layout,
+            shard.num_documents,
+            shard.num_chunks,
+            DOCUMENT_DTYPE,
+            shard.num_documents,
+        )
         if found != expected:
             raise StorageError(f"{reader.idx_path}: found {found}, the manifest says {expected}")
         return reader, documents
 
-    def _by_shard(self, ids: NDArray[np.int64], base: NDArray[np.int64]) -> list[tuple[int, NDArray[np.intp]]]:
+    def _by_shard(
+        self, ids: NDArray[np.int64], base: NDArray[np.int64]
+    ) -> list[tuple[int, NDArray[np.intp]]]:
         """(shard, positions in `ids` that fall into it)."""
         if ids.size and (ids.min() < 0 or ids.max() >= base[-1]):
-            raise IndexError(f"{self.url}: ids {ids.min()}..{ids.max()}; the dataset holds 0..{base[-1] - 1}")
+            raise IndexError(
+                f"{self.url}: ids {ids.min()}..{ids.max()}; the dataset holds 0..{base[-1] - 1}"
+            )
         owner = np.searchsorted(base, ids, side="right") - 1
         return [(int(s), np.flatnonzero(owner == s)) for s in np.unique(owner)]
 
@@ -87,13 +103,21 @@ class Dataset:
         ids = np.asarray(chunk_ids, np.int64)
         out = np.empty(len(ids), np.int64)
         for s, where in self._by_shard(ids, self._chunk_base):
-            out[where] = self.shard(s)[0].chunk_to_doc(ids[where] - self._chunk_base[s]) + self._document_base[s]
+            out[where] = (
+                self.shard(s)[0].chunk_to_doc(ids[where] - self._chunk_base[s])
+                + self._document_base[s]
+            )
         return out
 
     @cached_property
     def documents(self) -> NDArray[np.void]:
         """[num_documents] the document tables of all shards, DOCUMENT_DTYPE (40 bytes a document)."""
-        return np.concatenate([np.empty(0, DOCUMENT_DTYPE), *(self.shard(i)[1] for i in range(len(self.manifest.shards)))])
+        return np.concatenate(
+            [
+                np.empty(0, DOCUMENT_DTYPE),
+                *(self.shard(i)[1] for i in range(len(self.manifest.shards))),
+            ]
+        )
 
     @cached_property
     def document_keys(self) -> NDArray[np.uint64]:
@@ -103,7 +127,10 @@ class Dataset:
     @cached_property
     def document_first_chunk(self) -> NDArray[np.int64]:
         """[num_documents + 1] id of each document's first chunk, then num_chunks."""
-        firsts = [self.shard(i)[0].first_chunk + self._chunk_base[i] for i in range(len(self.manifest.shards))]
+        firsts = [
+            self.shard(i)[0].first_chunk + self._chunk_base[i]
+            for i in range(len(self.manifest.shards))
+        ]
         return np.concatenate([*firsts, [self.num_chunks]]).astype(np.int64)
 
     def chunk_keys(self, chunk_ids: ArrayLike) -> NDArray[np.uint64]:

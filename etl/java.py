@@ -30,7 +30,9 @@ class JavaError(FileNotFoundError):
 def java_version(java: str) -> int:
     """Major version that `java -version` reports; 0 if it does not run."""
     try:
-        printed = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False).stderr
+        printed = subprocess.run(
+            [java, "-version"], capture_output=True, text=True, timeout=60, check=False
+        ).stderr
     except OSError:
         return 0
     match = re.search(r'version "(?:1\.)?(\d+)', printed)

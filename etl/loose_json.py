@@ -39,7 +39,9 @@ class SourceFile:
 
     @property
     def compression(self) -> str | None:
-        return next((codec for suffix, codec in _COMPRESSION.items() if self.url.endswith(suffix)), None)
+        return next(
+            (codec for suffix, codec in _COMPRESSION.items() if self.url.endswith(suffix)), None
+        )
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,15 @@ def find_sources(urls: Sequence[str]) -> list[SourceFile]:
     for url in urls:
         matches = _expand(url)
         if not matches:
-            raise FileNotFoundError(f"{url}: no file, no folder with {', '.join(SUFFIXES)} files, and no glob that matches")
+            raise FileNotFoundError(
+                f"{url}: no file, no folder with {', '.join(SUFFIXES)} files, and no glob that matches"
+            )
         found += matches
-    repeated = sorted({url for url in found if found.count(url) > 1}) if len(set(found)) != len(found) else []
+    repeated = (
+        sorted({url for url in found if found.count(url) > 1})
+        if len(set(found)) != len(found)
+        else []
+    )
     if repeated:
         raise InputError(f"{repeated[0]} is among the inputs more than once; name each file once")
     found.sort()
@@ -112,7 +120,10 @@ def _expand(url: str) -> list[str]:
 def _common_folder(urls: Sequence[str]) -> str:
     """The longest prefix of all urls that ends in a slash."""
     first, last = min(urls), max(urls)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
     return first[: first.rfind("/", 0, same) + 1]
 
 
@@ -160,7 +171,9 @@ def read_documents(
 
 
 def _lines(source: SourceFile, part: Range) -> Iterator[tuple[int, bytes]]:
-    with cast(BinaryIO, fsspec.open(source.url, "rb", compression=source.compression).open()) as file:
+    with cast(
+        BinaryIO, fsspec.open(source.url, "rb", compression=source.compression).open()
+    ) as file:
         position = part.start
         if part.start > 0:
             file.seek(part.start - 1)
@@ -189,7 +202,9 @@ def parse_record(
         return Reject(source, offset, reason)
     text: str = record[text_key]
     split = record.get(split_key) if split_key else None
-    return Document(source, offset, text, split, hashlib.blake2b(text.encode(), digest_size=16).digest())
+    return Document(
+        source, offset, text, split, hashlib.blake2b(text.encode(), digest_size=16).digest()
+    )
 
 
 def _unusable(record: Any, text_key: str, split_key: str | None) -> str | None:

@@ -17,7 +17,9 @@ NAME = "manifest.json"
 Split = Literal["train", "validation", "test", "retrieval"]
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
-DOCUMENT_DTYPE = np.dtype([("content_hash", "<u8", 2), ("source", "<i4"), ("offset", "<i8"), ("text_bytes", "<i8")])
+DOCUMENT_DTYPE = np.dtype(
+    [("content_hash", "<u8", 2), ("source", "<i4"), ("offset", "<i8"), ("text_bytes", "<i8")]
+)
 """One row a document in a shard's `.docs.npy`: content hash (128 bits), number of the source file in
 `DatasetManifest.sources`, byte offset of its line there (uncompressed), UTF-8 bytes of its text."""
 
@@ -78,7 +80,12 @@ class DatasetManifest:
         return sum(shard.text_bytes for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            **asdict(self),
+        }
 
 
 def load_manifest(dataset_url: str) -> DatasetManifest:
@@ -99,13 +106,17 @@ def load_manifest(dataset_url: str) -> DatasetManifest:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise StorageError(f"{url}: expected a manifest with format {FORMAT!r}")
     if found.get("version") != VERSION:
-        raise StorageError(f"{url}: version {found.get('version')!r}; this code reads version {VERSION}")
+        raise StorageError(
+            f"{url}: version {found.get('version')!r}; this code reads version {VERSION}"
+        )
     missing = [f.name for f in fields(DatasetManifest) if f.name not in found]
     if missing:
         raise StorageError(f"{url}: fields {missing} are missing; prepare the dataset again")
     manifest = _from_json(found)
     if manifest.fingerprint != found.get("fingerprint"):
-        raise StorageError(f"{url}: fingerprint {found.get('fingerprint')} does not match the content; it was edited")
+        raise StorageError(
+            f"{url}: fingerprint {found.get('fingerprint')} does not match the content; it was edited"
+        )
     return manifest
 
 
@@ -116,5 +127,12 @@ def _from_json(found: dict[str, Any]) -> DatasetManifest:
         for entry in plain["shards"]
     )
     return DatasetManifest(
-        **(plain | {"tokenizer": StoredFile(**plain["tokenizer"]), "sources": tuple(plain["sources"]), "shards": shards})
+        **(
+            plain
+            | {
+                "tokenizer": StoredFile(**plain["tokenizer"]),
+                "sources": tuple(plain["sources"]),
+                "shards": shards,
+            }
+        )
     )

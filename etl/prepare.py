@@ -10,7 +10,7 @@ Spark file. `etl/split_writer.py` does a task's work and knows nothing of Spark.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -99,7 +99,11 @@ def prepare(config: PrepareConfig, session: Callable[[], SparkSession]) -> dict[
         return _describe(plan)
     finished = plan.folder.record(_CORPUS)
     if finished is None:
-        missing = [i for i in range(plan.num_splits) if plan.folder.record(plan.task.record_name(i)) is None]
+        missing = [
+            i
+            for i in range(plan.num_splits)
+            if plan.folder.record(plan.task.record_name(i)) is None
+        ]
         log.info("%d of %d splits to prepare in %s", len(missing), plan.num_splits, plan.folder.url)
         if missing:
             _run_tasks(plan, missing, session())
@@ -109,13 +113,17 @@ def prepare(config: PrepareConfig, session: Callable[[], SparkSession]) -> dict[
 
 
 def _plan(config: PrepareConfig) -> _Plan:
-    sources = find_sources([config.input_urls] if isinstance(config.input_urls, str) else config.input_urls)
+    sources = find_sources(
+        [config.input_urls] if isinstance(config.input_urls, str) else config.input_urls
+    )
     tokenizer = load_tokenizer(config.tokenizer_url, config.eod_token)
     dtype = dtype_for_vocabulary(tokenizer.vocab_size)
     training = Layout.of(config.chunk_size, dtype)
     retrieval = Layout.of(config.chunk_size, dtype, retrieval_db=True, stride=config.stride)
     if config.stride is not None and not config.retrieval_db:
-        raise InputError("stride acts on the retrieval dataset, but retrieval_db is false; leave one of them out")
+        raise InputError(
+            "stride acts on the retrieval dataset, but retrieval_db is false; leave one of them out"
+        )
     weights = parse_weights(config.splits_string)
     if weights["retrieval"] and not config.retrieval_db:
         raise InputError("splits_string gives weight to retrieval, but retrieval_db is false")
@@ -181,7 +189,9 @@ def _run_tasks(plan: _Plan, missing: list[int], spark: SparkSession) -> None:
 
 
 _RESULT = pa.schema([("index", pa.int32()), ("error", pa.string())])
-_HASHES = pa.schema([("high", pa.int64()), ("low", pa.int64()), ("index", pa.int32()), ("ordinal", pa.int32())])
+_HASHES = pa.schema(
+    [("high", pa.int64()), ("low", pa.int64()), ("index", pa.int32()), ("ordinal", pa.int32())]
+)
 
 
 def _dropped_ordinals(plan: _Plan, spark: SparkSession) -> DataFrame:
@@ -194,13 +204,20 @@ def _dropped_ordinals(plan: _Plan, spark: SparkSession) -> DataFrame:
             for row in batch.to_pylist():
                 for hashes in task.content_hashes(row["index"]):
                     index = [row["index"]] * len(hashes)
-                    columns = [hashes["high"], hashes["low"], pa.array(index, pa.int32()), hashes["ordinal"]]
+                    columns = [
+                        hashes["high"],
+                        hashes["low"],
+                        pa.array(index, pa.int32()),
+                        hashes["ordinal"],
+                    ]
                     yield pa.RecordBatch.from_arrays([pa.array(c) for c in columns], schema=_HASHES)
 
     splits = spark.createDataFrame(spark.sparkContext.parallelize(every, len(every)), "index int")
     hashes = splits.mapInArrow(hash_split, "high long, low long, index int, ordinal int")
     place = sf.struct("index", "ordinal")
-    first = hashes.groupBy("high", "low").agg(sf.min(place).alias("first"), sf.count("*").alias("count"))
+    first = hashes.groupBy("high", "low").agg(
+        sf.min(place).alias("first"), sf.count("*").alias("count")
+    )
     later = hashes.join(first.where("count > 1"), ["high", "low"]).where(place != sf.col("first"))
     return later.groupBy("index").agg(sf.collect_list("ordinal").alias("dropped"))
 
@@ -209,11 +226,15 @@ def _commit(plan: _Plan) -> dict[str, Any]:
     """Manifests from the records of all splits, then the corpus record: from here on the datasets exist."""
     records = [plan.folder.record(plan.task.record_name(i)) for i in range(plan.num_splits)]
     if any(record is None for record in records):
-        raise RuntimeError(f"{records.count(None)} splits have no record after the Spark job; run the job again")
+        raise RuntimeError(
+            f"{records.count(None)} splits have no record after the Spark job; run the job again"
+        )
     complete = [record for record in records if record is not None]
     datasets: dict[str, Any] = {}
     for split in SPLITS:
-        shards = [_shard(record["shards"][split]) for record in complete if split in record["shards"]]
+        shards = [
+            _shard(record["shards"][split]) for record in complete if split in record["shards"]
+        ]
         if shards:
             datasets[split] = _write_manifest(plan, split, tuple(shards))
     counts = sum((Counter(record["counts"]) for record in complete), Counter[str]())
@@ -221,7 +242,10 @@ def _commit(plan: _Plan) -> dict[str, Any]:
     value = {
         "datasets": datasets,
         "sources": [source.name for source in plan.sources],
-        "counts": {name: counts[name] for name in ("documents", "text_bytes", "duplicates_dropped", "held_out")},
+        "counts": {
+            name: counts[name]
+            for name in ("documents", "text_bytes", "duplicates_dropped", "held_out")
+        },
         "skipped": dict(sorted(rejects.items())),
     }
     plan.folder.remove_scratch()

@@ -61,7 +61,9 @@ def dtype_code(dtype: Any) -> int:
     wanted = np.dtype(dtype).newbyteorder("<")
     codes = [code for code, known in DTYPES.items() if known == wanted]
     if not codes:
-        raise RetMMapError(f"dtype {np.dtype(dtype)} has no code; use one of {sorted({str(d) for d in DTYPES.values()})}")
+        raise RetMMapError(
+            f"dtype {np.dtype(dtype)} has no code; use one of {sorted({str(d) for d in DTYPES.values()})}"
+        )
     return codes[-1] if wanted.kind == "f" else codes[0]
 
 
@@ -80,13 +82,17 @@ class Layout:
     retrieval_db: bool
 
     @classmethod
-    def of(cls, chunk_size: int, dtype: Any, retrieval_db: bool = False, stride: int | None = None) -> "Layout":
+    def of(
+        cls, chunk_size: int, dtype: Any, retrieval_db: bool = False, stride: int | None = None
+    ) -> "Layout":
         """stride defaults to chunk_size.
 
         Raises:
             RetMMapError: chunk_size < 1, stride does not divide chunk_size, or dtype without a code.
         """
-        layout = cls(chunk_size, chunk_size if stride is None else stride, dtype_code(dtype), retrieval_db)
+        layout = cls(
+            chunk_size, chunk_size if stride is None else stride, dtype_code(dtype), retrieval_db
+        )
         layout.check()
         return layout
 
@@ -111,7 +117,9 @@ class Layout:
         """[N] number of chunks of documents of `sizes` tokens."""
         return (sizes.astype(np.int64) - self.chunk_size) // self.stride + 1
 
-    def padded_sizes(self, lengths: NDArray[np.integer[Any]], nemo_padding: bool) -> NDArray[np.int64]:
+    def padded_sizes(
+        self, lengths: NDArray[np.integer[Any]], nemo_padding: bool
+    ) -> NDArray[np.int64]:
         """[N] sizes after padding: the next multiple of chunk_size, or NeMo's, which always adds a pad."""
         c = self.chunk_size
         lengths = lengths.astype(np.int64)
@@ -135,7 +143,9 @@ def chunk_address_blocks(layout: Layout, sizes: NDArray[np.int32]) -> Iterator[N
     step = layout.stride * layout.dtype.itemsize
     start = 0
     while start < len(sizes):
-        stop = max(start + 1, int(np.searchsorted(first, first[start] + _BLOCK_CHUNKS, side="right")) - 1)
+        stop = max(
+            start + 1, int(np.searchsorted(first, first[start] + _BLOCK_CHUNKS, side="right")) - 1
+        )
         counts = np.diff(first[start : stop + 1])
         base = np.repeat(addresses[start:stop] - first[start:stop] * step, counts)
         yield base + np.arange(first[start], first[stop], dtype=np.int64) * step
@@ -172,7 +182,9 @@ class RetMMapWriter:
     document, a whole chunk to one that already is a multiple of chunk_size (NeMo's bytes).
     """
 
-    def __init__(self, bin_file: BinaryIO, layout: Layout, pad_id: int, nemo_padding: bool = False) -> None:
+    def __init__(
+        self, bin_file: BinaryIO, layout: Layout, pad_id: int, nemo_padding: bool = False
+    ) -> None:
         self._file = bin_file
         self.layout = layout
         self.pad_id = pad_id
@@ -194,12 +206,16 @@ class RetMMapWriter:
         if len(lengths) == 0:
             return
         if lengths.min() < 1:
-            raise RetMMapError(f"document {int(lengths.argmin())} of the batch has no tokens; expected at least one")
+            raise RetMMapError(
+                f"document {int(lengths.argmin())} of the batch has no tokens; expected at least one"
+            )
         if lengths.sum() != len(tokens):
             raise RetMMapError(f"lengths add up to {lengths.sum()}, found {len(tokens)} tokens")
         sizes = self.layout.padded_sizes(lengths, self.nemo_padding)
         if sizes.max() > _MAX_DOCUMENT_TOKENS:
-            raise RetMMapError(f"a document of {sizes.max()} tokens; the format holds at most {_MAX_DOCUMENT_TOKENS}")
+            raise RetMMapError(
+                f"a document of {sizes.max()} tokens; the format holds at most {_MAX_DOCUMENT_TOKENS}"
+            )
         self._check_range(tokens)
         occupied = sizes + self.layout.gap
         shift = np.cumsum(occupied) - occupied - (np.cumsum(lengths) - lengths)
@@ -214,7 +230,9 @@ class RetMMapWriter:
             return
         limits, low, high = np.iinfo(dtype), int(tokens.min()), int(tokens.max())
         if low < limits.min or high > limits.max:
-            raise RetMMapError(f"token ids {low}..{high} do not fit {dtype.name}; use a wider dtype")
+            raise RetMMapError(
+                f"token ids {low}..{high} do not fit {dtype.name}; use a wider dtype"
+            )
 
     @property
     def sizes(self) -> NDArray[np.int32]:
@@ -254,10 +272,16 @@ class RetMMapReader:
     def _read_header(self, raw: NDArray[np.uint8]) -> tuple[Layout, int, int]:
         path = self.idx_path
         if len(raw) < HEADER.size:
-            raise self._fail(path, f"{len(raw)} bytes; a retmmap header has {HEADER.size}. The file is truncated")
-        magic, version, stride, code, documents, chunk_size, chunks, retrieval = HEADER.unpack(raw[: HEADER.size])
+            raise self._fail(
+                path, f"{len(raw)} bytes; a retmmap header has {HEADER.size}. The file is truncated"
+            )
+        magic, version, stride, code, documents, chunk_size, chunks, retrieval = HEADER.unpack(
+            raw[: HEADER.size]
+        )
         if magic != MAGIC:
-            raise self._fail(path, f"starts with {magic!r}, expected {MAGIC!r}; this is not a retmmap index")
+            raise self._fail(
+                path, f"starts with {magic!r}, expected {MAGIC!r}; this is not a retmmap index"
+            )
         if version != VERSION:
             raise self._fail(path, f"version {version}; this reader knows version {VERSION}")
         if code not in DTYPES:
@@ -296,15 +320,25 @@ class RetMMapReader:
                 return natural
         return layout
 
-    def _check_tables(self, stored_addresses: NDArray[np.int64], stored_first: NDArray[np.int64]) -> None:
+    def _check_tables(
+        self, stored_addresses: NDArray[np.int64], stored_first: NDArray[np.int64]
+    ) -> None:
         c, sizes, path = self.layout.chunk_size, self.sizes, self.idx_path
         wrong = np.flatnonzero((sizes < c) | (sizes % c != 0))
         if len(wrong):
             d = int(wrong[0])
-            raise self._fail(path, f"document {d} has {sizes[d]} tokens; expected a positive multiple of chunk_size {c}")
-        first, addresses = first_chunk_ids(self.layout, sizes), document_addresses(self.layout, sizes)
+            raise self._fail(
+                path,
+                f"document {d} has {sizes[d]} tokens; expected a positive multiple of chunk_size {c}",
+            )
+        first, addresses = (
+            first_chunk_ids(self.layout, sizes),
+            document_addresses(self.layout, sizes),
+        )
         if first[-1] != self.num_chunks:
-            raise self._fail(path, f"header says {self.num_chunks} chunks, the document sizes give {first[-1]}")
+            raise self._fail(
+                path, f"header says {self.num_chunks} chunks, the document sizes give {first[-1]}"
+            )
         for name, found, expected in (
             ("first chunk id", stored_first, first[:-1]),
             ("byte address", stored_addresses, addresses[:-1]),
@@ -312,15 +346,22 @@ class RetMMapReader:
             differing = np.flatnonzero(found != expected)
             if len(differing):
                 d = int(differing[0])
-                raise self._fail(path, f"{name} of document {d} is {found[d]}, the sizes give {expected[d]}")
-        self.first_chunk, self.addresses, self._bin_bytes = first[:-1], addresses[:-1], int(addresses[-1])
+                raise self._fail(
+                    path, f"{name} of document {d} is {found[d]}, the sizes give {expected[d]}"
+                )
+        self.first_chunk, self.addresses, self._bin_bytes = (
+            first[:-1],
+            addresses[:-1],
+            int(addresses[-1]),
+        )
 
     def _map_tokens(self) -> NDArray[Any]:
         found = self.bin_path.stat().st_size
         if found != self._bin_bytes:
             kind = "truncated" if found < self._bin_bytes else "over-long"
             raise self._fail(
-                self.bin_path, f"{found} bytes, the index needs {self._bin_bytes}; the file is {kind}"
+                self.bin_path,
+                f"{found} bytes, the index needs {self._bin_bytes}; the file is {kind}",
             )
         return _map(self.bin_path, self.layout.dtype)
 
@@ -332,7 +373,9 @@ class RetMMapReader:
             differing = np.flatnonzero(found != block)
             if len(differing):
                 i = int(differing[0])
-                message = f"byte address of chunk {start + i} is {found[i]}, the sizes give {block[i]}"
+                message = (
+                    f"byte address of chunk {start + i} is {found[i]}, the sizes give {block[i]}"
+                )
                 raise self._fail(self.idx_path, message)
             start += len(block)
 
@@ -344,13 +387,19 @@ class RetMMapReader:
     def retrieval_db(self) -> bool:
         return self.layout.retrieval_db
 
-    def get_chunk(self, chunk_ids: int | slice | ArrayLike, continuation: bool = True) -> NDArray[Any]:
+    def get_chunk(
+        self, chunk_ids: int | slice | ArrayLike, continuation: bool = True
+    ) -> NDArray[Any]:
         """Tokens of chunks: [..., chunk_size], or [..., 2 chunk_size] from a retrieval file with `continuation`.
 
         Raises:
             IndexError: an id outside 0..num_chunks - 1.
         """
-        ids = np.arange(self.num_chunks)[chunk_ids] if isinstance(chunk_ids, slice) else np.asarray(chunk_ids, np.int64)
+        ids = (
+            np.arange(self.num_chunks)[chunk_ids]
+            if isinstance(chunk_ids, slice)
+            else np.asarray(chunk_ids, np.int64)
+        )
         self._check_ids(ids)
         width = self.chunk_size * (2 if continuation and self.retrieval_db else 1)
         starts = self.chunk_addresses[ids] // self.layout.dtype.itemsize
@@ -377,7 +426,9 @@ class RetMMapReader:
         """
         size = self._document_size(document, offset)
         if offset % self.chunk_size:
-            raise RetMMapError(f"offset {offset} is not a multiple of chunk_size {self.chunk_size} (size {size})")
+            raise RetMMapError(
+                f"offset {offset} is not a multiple of chunk_size {self.chunk_size} (size {size})"
+            )
         return int(self.first_chunk[document]) + offset // self.stride
 
     def get_document(self, document: int, offset: int = 0) -> NDArray[Any]:
@@ -388,10 +439,14 @@ class RetMMapReader:
 
     def _document_size(self, document: int, offset: int) -> int:
         if not 0 <= document < self.num_documents:
-            raise IndexError(f"{self.idx_path}: document {document}; the file holds 0..{self.num_documents - 1}")
+            raise IndexError(
+                f"{self.idx_path}: document {document}; the file holds 0..{self.num_documents - 1}"
+            )
         size = int(self.sizes[document])
         if not 0 <= offset < size:
-            raise IndexError(f"{self.idx_path}: offset {offset} in document {document} of {size} tokens")
+            raise IndexError(
+                f"{self.idx_path}: offset {offset} in document {document} of {size} tokens"
+            )
         return size
 
 

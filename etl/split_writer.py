@@ -127,8 +127,10 @@ class SplitTask:
         return None
 
     def split_of(self, document: Document) -> Split:
-        return cast(Split, document.split) if document.split else assign_split(
-            document.content_hash, self.weights, self.split_seed
+        return (
+            cast(Split, document.split)
+            if document.split
+            else assign_split(document.content_hash, self.weights, self.split_seed)
         )
 
 
@@ -165,9 +167,13 @@ class _SplitWriter:
             for ids in tokens:
                 ids.append(self.task.tokenizer.eod_id)
         for split in SPLITS:
-            chosen = [i for i, (_, assigned) in enumerate(self.batch) if self._belongs(assigned, split)]
+            chosen = [
+                i for i, (_, assigned) in enumerate(self.batch) if self._belongs(assigned, split)
+            ]
             if chosen:
-                self._shard(split).add([self.batch[i][0] for i in chosen], [tokens[i] for i in chosen])
+                self._shard(split).add(
+                    [self.batch[i][0] for i in chosen], [tokens[i] for i in chosen]
+                )
         self.batch, self.batch_characters = [], 0
 
     def _belongs(self, assigned: Split, split: Split) -> bool:
@@ -186,7 +192,10 @@ class _SplitWriter:
         if self.batch:
             self._flush()
         folders = {split: StageFolder(self.task.folder.path_of(split)) for split in self.shards}
-        shards = {split: asdict(writer.store(folders[split], stem)) for split, writer in self.shards.items()}
+        shards = {
+            split: asdict(writer.store(folders[split], stem))
+            for split, writer in self.shards.items()
+        }
         files = {
             f"{split}.{part}": shard[part] | {"name": f"{split}/{shard[part]['name']}"}
             for split, shard in shards.items()
@@ -195,13 +204,22 @@ class _SplitWriter:
         if self.rejects:
             files["rejects"] = self._store_rejects(stem)
         reasons = Counter(reject.reason for reject in self.rejects)
-        return {"shards": shards, "files": files, "counts": dict(self.counts), "reject_reasons": dict(reasons)}
+        return {
+            "shards": shards,
+            "files": files,
+            "counts": dict(self.counts),
+            "reject_reasons": dict(reasons),
+        }
 
     def _store_rejects(self, stem: str) -> dict[str, Any]:
         path = self.scratch / "rejects.jsonl"
         with open(path, "w") as file:
             for reject in self.rejects:
-                entry = {"file": self.task.sources[reject.source].url, "offset": reject.offset, "reason": reject.reason}
+                entry = {
+                    "file": self.task.sources[reject.source].url,
+                    "offset": reject.offset,
+                    "reason": reject.reason,
+                }
                 file.write(json.dumps(entry) + "\n")
         [stored] = self.task.folder.store(f"rejects/{stem}", path)
         return asdict(stored)
@@ -219,10 +237,14 @@ class _ShardWriter:
 
     def add(self, documents: list[Document], tokens: list[list[int]]) -> None:
         lengths = np.asarray([len(ids) for ids in tokens])
-        self.writer.add_batch(np.concatenate([np.asarray(ids, np.int64) for ids in tokens]), lengths)
+        self.writer.add_batch(
+            np.concatenate([np.asarray(ids, np.int64) for ids in tokens]), lengths
+        )
         self.num_tokens += int(lengths.sum())
         table = np.zeros(len(documents), DOCUMENT_DTYPE)
-        table["content_hash"] = [np.frombuffer(document.content_hash, "<u8") for document in documents]
+        table["content_hash"] = [
+            np.frombuffer(document.content_hash, "<u8") for document in documents
+        ]
         table["source"] = [document.source for document in documents]
         table["offset"] = [document.offset for document in documents]
         table["text_bytes"] = [len(document.text.encode()) for document in documents]
@@ -236,4 +258,6 @@ class _ShardWriter:
         np.save(self.paths[2], documents)
         bin_file, idx_file, docs_file = folder.store(stem, *self.paths)
         text_bytes = int(documents["text_bytes"].sum())
-        return Shard(bin_file, idx_file, docs_file, len(documents), num_chunks, self.num_tokens, text_bytes)
+        return Shard(
+            bin_file, idx_file, docs_file, len(documents), num_chunks, self.num_tokens, text_bytes
+        )

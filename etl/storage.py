@@ -97,7 +97,9 @@ def read_json(url: str) -> Any:
     try:
         return json.loads(read_bytes(url))
     except ValueError as error:
-        raise StorageError(f"{url}: expected JSON, found {error}; delete it and run the job that wrote it") from None
+        raise StorageError(
+            f"{url}: expected JSON, found {error}; delete it and run the job that wrote it"
+        ) from None
 
 
 def write_json(url: str, value: Any) -> None:
@@ -199,7 +201,9 @@ class StageFolder:
         for path, digest in zip(local, digests, strict=True):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            stored.append(StoredFile(f"{stem}-{key}{''.join(path.suffixes)}", path.stat().st_size, digest))
+            stored.append(
+                StoredFile(f"{stem}-{key}{''.join(path.suffixes)}", path.stat().st_size, digest)
+            )
             _put(path, self.path_of(stored[-1].name))
         return stored
 
@@ -274,7 +278,9 @@ def _cached_copy(filesystem: fsspec.AbstractFileSystem, path: str, file: StoredF
         filesystem.get_file(path, str(temporary))
         found = sha256_of(temporary)
         if found != file.sha256:
-            raise StorageError(f"{path}: sha256 {found}, its record says {file.sha256}; the object is damaged")
+            raise StorageError(
+                f"{path}: sha256 {found}, its record says {file.sha256}; the object is damaged"
+            )
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -285,7 +291,9 @@ def _cached_copy(filesystem: fsspec.AbstractFileSystem, path: str, file: StoredF
 def _evict(cache: Path, keep: Path) -> None:
     """Removes the least recently used copies beyond the bound; open memory maps of them stay valid."""
     bound = int(os.environ.get(CACHE_BYTES_VARIABLE) or DEFAULT_CACHE_BYTES)
-    copies = sorted((p for p in cache.iterdir() if len(p.name) == 64), key=lambda p: p.stat().st_mtime)
+    copies = sorted(
+        (p for p in cache.iterdir() if len(p.name) == 64), key=lambda p: p.stat().st_mtime
+    )
     total = sum(p.stat().st_size for p in copies)
     for copy in copies:
         if total <= bound:

@@ -38,9 +38,13 @@ class ByteLevelTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, eod_token: str = EOD_TOKEN) -> None:
         if "ByteLevel" not in _component_types(tokenizer) or not isinstance(tokenizer.model, BPE):
-            raise TokenizerError("expected a byte-level BPE tokenizer (as GPT-2 or Llama 3 have), found another kind")
+            raise TokenizerError(
+                "expected a byte-level BPE tokenizer (as GPT-2 or Llama 3 have), found another kind"
+            )
         if tokenizer.token_to_id(eod_token) is None:
-            raise TokenizerError(f"the tokenizer has no end-of-document token {eod_token!r}; name its own with eod_token")
+            raise TokenizerError(
+                f"the tokenizer has no end-of-document token {eod_token!r}; name its own with eod_token"
+            )
         if tokenizer.token_to_id(PAD_TOKEN) is None:
             tokenizer.add_special_tokens([AddedToken(PAD_TOKEN, special=True, normalized=False)])
         tokenizer.no_padding()
@@ -55,7 +59,9 @@ class ByteLevelTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits over everything that determines the ids."""
-        canonical = json.dumps([json.loads(self._tokenizer.to_str()), self.eod_token], sort_keys=True)
+        canonical = json.dumps(
+            [json.loads(self._tokenizer.to_str()), self.eod_token], sort_keys=True
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def to_json(self) -> str:
@@ -76,7 +82,9 @@ class ByteLevelTokenizer:
         """The bytes each id stands for; b"" for special tokens. Concatenated they are the text exactly."""
         table = [b""] * self.vocab_size
         to_byte = _byte_of_character()
-        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        special = {
+            i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        }
         added = self._tokenizer.get_added_tokens_decoder()
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if i in added:
@@ -116,9 +124,13 @@ def load_tokenizer(url: str, eod_token: str = EOD_TOKEN) -> ByteLevelTokenizer:
         return ByteLevelTokenizer(_from_json(url), eod_token)
     if filesystem.exists(path.rstrip("/") + "/tokenizer.json"):
         return ByteLevelTokenizer(_from_json(join_url(url, "tokenizer.json")), eod_token)
-    if filesystem.exists(path.rstrip("/") + "/vocab.json") and filesystem.exists(path.rstrip("/") + "/merges.txt"):
+    if filesystem.exists(path.rstrip("/") + "/vocab.json") and filesystem.exists(
+        path.rstrip("/") + "/merges.txt"
+    ):
         return ByteLevelTokenizer(_from_gpt2_files(url, eod_token), eod_token)
-    raise FileNotFoundError(f"{url}: expected a tokenizer.json, or a folder with it or with vocab.json and merges.txt")
+    raise FileNotFoundError(
+        f"{url}: expected a tokenizer.json, or a folder with it or with vocab.json and merges.txt"
+    )
 
 
 def _from_json(url: str) -> Tokenizer:
@@ -127,7 +139,9 @@ def _from_json(url: str) -> Tokenizer:
     except FileNotFoundError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{url}: expected a Hugging Face tokenizer.json, found {error}") from None
+        raise TokenizerError(
+            f"{url}: expected a Hugging Face tokenizer.json, found {error}"
+        ) from None
 
 
 def _from_gpt2_files(url: str, eod_token: str) -> Tokenizer:
@@ -135,9 +149,13 @@ def _from_gpt2_files(url: str, eod_token: str) -> Tokenizer:
         for name in ("vocab.json", "merges.txt"):
             Path(folder, name).write_bytes(read_bytes(join_url(url, name)))
         try:
-            model = BPE.from_file(os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt"))
+            model = BPE.from_file(
+                os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt")
+            )
         except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerError(f"{url}: vocab.json and merges.txt do not fit together: {error}") from None
+            raise TokenizerError(
+                f"{url}: vocab.json and merges.txt do not fit together: {error}"
+            ) from None
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -64,7 +64,9 @@ def dask_client(config: ClusterConfig) -> Iterator["Client"]:
 
     if config.scheduler_address is not None:
         if config.num_workers is not None:
-            raise ValueError("num_workers starts local workers; it has no effect on the cluster at scheduler_address")
+            raise ValueError(
+                "num_workers starts local workers; it has no effect on the cluster at scheduler_address"
+            )
         with Client(config.scheduler_address) as client:
             yield client
         return
@@ -84,7 +86,11 @@ def dask_client(config: ClusterConfig) -> Iterator["Client"]:
 
 
 def run_tasks(
-    client: "Client", function: Callable[[Any, int], dict[str, Any]], task: Any, numbers: Iterable[int], title: str
+    client: "Client",
+    function: Callable[[Any, int], dict[str, Any]],
+    task: Any,
+    numbers: Iterable[int],
+    title: str,
 ) -> list[dict[str, Any]]:
     """Runs function(task, i) for every number; returns the records in the order of the numbers.
 
@@ -107,12 +113,18 @@ def run_tasks(
         i, cause = min(failures.items())
         if isinstance(cause, (ValueError, FileNotFoundError)):
             raise cause
-        raise ClusterError(f"{title}: {len(failures)} of {len(wanted)} tasks failed; task {i}: {cause!r}") from cause
+        raise ClusterError(
+            f"{title}: {len(failures)} of {len(wanted)} tasks failed; task {i}: {cause!r}"
+        ) from cause
     return [records[i] for i in wanted]
 
 
 def _completed(
-    client: "Client", function: Callable[[Any, int], dict[str, Any]], task: Any, numbers: list[int], title: str
+    client: "Client",
+    function: Callable[[Any, int], dict[str, Any]],
+    task: Any,
+    numbers: list[int],
+    title: str,
 ) -> Iterator[tuple[int, "Future"]]:
     from distributed import as_completed
 
@@ -127,7 +139,9 @@ def _completed(
 
     window = _WINDOW_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
     running = as_completed([submit(i) for i in islice(waiting, window)])
-    with tqdm(total=len(numbers), desc=title, file=sys.stderr, mininterval=2, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(numbers), desc=title, file=sys.stderr, mininterval=2, dynamic_ncols=True
+    ) as bar:
         for future in running:
             yield number_of[future.key], future
             bar.update()

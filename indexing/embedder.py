@@ -53,10 +53,16 @@ def model_location(name: str) -> str:
         return name
     package = name.removeprefix(_PACKAGE).replace("-", "_")
     spec = find_spec(package)
-    folders = [Path(location, "model") for location in (spec.submodule_search_locations or ())] if spec else []
+    folders = (
+        [Path(location, "model") for location in (spec.submodule_search_locations or ())]
+        if spec
+        else []
+    )
     found = [folder for folder in folders if (folder / "modules.json").exists()]
     if not found:
-        raise EmbedderError(f"{name}: package {package} is not installed or has no folder `model` with a modules.json")
+        raise EmbedderError(
+            f"{name}: package {package} is not installed or has no folder `model` with a modules.json"
+        )
     return str(found[0])
 
 
@@ -76,8 +82,14 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
             from transformers.utils import logging as transformers_logging
         except RuntimeError as error:
-            hint = "; uninstall torchvision, which nothing here needs" if find_spec("torchvision") else ""
-            raise EmbedderError(f"sentence_transformers cannot be imported: {error}{hint}") from error
+            hint = (
+                "; uninstall torchvision, which nothing here needs"
+                if find_spec("torchvision")
+                else ""
+            )
+            raise EmbedderError(
+                f"sentence_transformers cannot be imported: {error}{hint}"
+            ) from error
         transformers_logging.disable_progress_bar()
         self.dtype = resolve_dtype(config)
         self.batch_size = config.batch_size
@@ -100,7 +112,9 @@ class Embedder:
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         modules = [type(module).__name__ for module in self._model]
-        return content_key(digest.hexdigest(), modules, self._model.max_seq_length, self.dtype, self.batch_size)
+        return content_key(
+            digest.hexdigest(), modules, self._model.max_seq_length, self.dtype, self.batch_size
+        )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float16]:
         """[N, dimension] unit vectors. The result is a function of the whole list: batches are formed from it.
@@ -115,7 +129,9 @@ class Embedder:
         result = vectors.cpu().numpy().astype(np.float16)
         wrong = np.flatnonzero(~np.isfinite(result).all(axis=1))
         if len(wrong):
-            raise EmbedderError(f"the embedding of {texts[wrong[0]][:80]!r} is not finite ({len(wrong)} of {len(texts)})")
+            raise EmbedderError(
+                f"the embedding of {texts[wrong[0]][:80]!r} is not finite ({len(wrong)} of {len(texts)})"
+            )
         return result
 
 
@@ -128,7 +144,9 @@ def resolve_dtype(config: EmbedderConfig) -> str:
     import torch
 
     capabilities: dict[str, Any] = torch.cpu.get_capabilities()
-    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+    return (
+        "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
+    )
 
 
 @lru_cache(maxsize=1)

@@ -57,7 +57,9 @@ def embed_block(task: EmbedTask, block: int) -> dict[str, Any]:
     return task.folder.publish(task.record_name(block), value)
 
 
-def _vectors(task: EmbedTask, dataset: Dataset, ids: NDArray[np.int64]) -> tuple[NDArray[np.float16], int]:
+def _vectors(
+    task: EmbedTask, dataset: Dataset, ids: NDArray[np.int64]
+) -> tuple[NDArray[np.float16], int]:
     tokens = dataset.get_chunk(ids, continuation=False)
     todo = (tokens != dataset.manifest.pad_id).any(axis=1)
     vectors = None
@@ -66,12 +68,16 @@ def _vectors(task: EmbedTask, dataset: Dataset, ids: NDArray[np.int64]) -> tuple
         vectors = open_embeddings(task.reuse_url).rows(known)
         todo &= known < 0
     if todo.any():
-        fresh = load_embedder(task.embedder).embed(chunk_texts(tokens[todo], _tokenizer_of(dataset)))
+        fresh = load_embedder(task.embedder).embed(
+            chunk_texts(tokens[todo], _tokenizer_of(dataset))
+        )
         if vectors is None:
             vectors = np.zeros((len(ids), fresh.shape[1]), np.float16)
         vectors[todo] = fresh
     if vectors is None:
-        raise StorageError(f"{task.dataset_url}: chunks {ids[0]}..{ids[-1]} hold only pads; nothing to embed")
+        raise StorageError(
+            f"{task.dataset_url}: chunks {ids[0]}..{ids[-1]} hold only pads; nothing to embed"
+        )
     return vectors, int(len(ids) - todo.sum())
 
 
@@ -95,7 +101,9 @@ def _same_chunks(
     slot = np.searchsorted(other.document_keys, keys, sorter=order)
     match = order[np.minimum(slot, len(order) - 1)]
     ordinal = ids - dataset.document_first_chunk[document]
-    found = other.document_first_chunk[match] + ordinal * (other.chunk_size // other.manifest.stride)
+    found = other.document_first_chunk[match] + ordinal * (
+        other.chunk_size // other.manifest.stride
+    )
     inside = (other.document_keys[match] == keys) & (found < other.document_first_chunk[match + 1])
     found = np.where(inside, found, 0)
     same = inside & (other.get_chunk(found, continuation=False) == tokens).all(axis=1)
@@ -112,9 +120,16 @@ def commit_embeddings(task: EmbedTask, num_chunks: int) -> dict[str, Any]:
     for block in range(num_blocks(num_chunks, task.block_chunks)):
         record = task.folder.record(task.record_name(block))
         if record is None:
-            raise StorageError(f"{task.folder.url}: block {block} is missing; run the embed stage again")
+            raise StorageError(
+                f"{task.folder.url}: block {block} is missing; run the embed stage again"
+            )
         blocks.append(record["files"]["vectors"])
-    value = {**task.details, "num_chunks": num_chunks, "block_chunks": task.block_chunks, "blocks": blocks}
+    value = {
+        **task.details,
+        "num_chunks": num_chunks,
+        "block_chunks": task.block_chunks,
+        "blocks": blocks,
+    }
     task.folder.remove_scratch()
     return task.folder.publish(NAME.removesuffix(".json"), value)
 
@@ -175,4 +190,6 @@ def open_embeddings(url: str) -> Embeddings:
     try:
         return Embeddings(url, read_json(join_url(url, NAME)))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no {NAME}; the embed stage has not finished there") from None
+        raise FileNotFoundError(
+            f"{url}: no {NAME}; the embed stage has not finished there"
+        ) from None

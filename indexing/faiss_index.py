@@ -27,10 +27,15 @@ def choose_factory(num_vectors: int) -> tuple[str, str]:
     if num_vectors <= EXACT_VECTORS:
         return "Flat", f"{num_vectors} vectors are at most {EXACT_VECTORS}: exact search"
     lists = int(4 * sqrt(num_vectors))
-    return f"IVF{lists},SQ8", f"{num_vectors} vectors are more than {EXACT_VECTORS}: {lists} inverted lists"
+    return (
+        f"IVF{lists},SQ8",
+        f"{num_vectors} vectors are more than {EXACT_VECTORS}: {lists} inverted lists",
+    )
 
 
-def train_index(factory: str, embeddings: Embeddings, train_index_size: int, seed: int) -> faiss.Index:
+def train_index(
+    factory: str, embeddings: Embeddings, train_index_size: int, seed: int
+) -> faiss.Index:
     """A trained, empty index that takes explicit int64 ids. The sample is drawn without replacement.
 
     Raises:
@@ -38,10 +43,14 @@ def train_index(factory: str, embeddings: Embeddings, train_index_size: int, see
     """
     sample = _training_sample(embeddings, train_index_size, seed)
     try:
-        index = faiss.index_factory(embeddings.dimension, _with_ids(factory), faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(
+            embeddings.dimension, _with_ids(factory), faiss.METRIC_INNER_PRODUCT
+        )
         index.train(sample)
     except RuntimeError as error:
-        raise IndexBuildError(f"faiss cannot train {factory!r} on {len(sample)} vectors: {error}") from error
+        raise IndexBuildError(
+            f"faiss cannot train {factory!r} on {len(sample)} vectors: {error}"
+        ) from error
     return index
 
 
@@ -66,9 +75,13 @@ def add_rows(index: faiss.Index, embeddings: Embeddings, start: int, stop: int) 
     for first, block in embeddings.slices(start, stop):
         vectors = np.ascontiguousarray(block, np.float32)
         if not np.isfinite(vectors).all():
-            raise IndexBuildError(f"{embeddings.url}: vectors from chunk {first} on are not all finite")
+            raise IndexBuildError(
+                f"{embeddings.url}: vectors from chunk {first} on are not all finite"
+            )
         keep = np.any(vectors != 0, axis=1)
-        index.add_with_ids(vectors[keep], np.arange(first, first + len(vectors), dtype=np.int64)[keep])
+        index.add_with_ids(
+            vectors[keep], np.arange(first, first + len(vectors), dtype=np.int64)[keep]
+        )
 
 
 def shard_range(total: int, total_shards: int, shard_id: int) -> tuple[int, int]:
@@ -78,7 +91,9 @@ def shard_range(total: int, total_shards: int, shard_id: int) -> tuple[int, int]
         IndexBuildError: shard_id outside 0..total_shards - 1.
     """
     if not 0 <= shard_id < total_shards:
-        raise IndexBuildError(f"shard_id {shard_id} of {total_shards} shards; expected 0..{total_shards - 1}")
+        raise IndexBuildError(
+            f"shard_id {shard_id} of {total_shards} shards; expected 0..{total_shards - 1}"
+        )
     size = total // total_shards
     return shard_id * size, total if shard_id == total_shards - 1 else (shard_id + 1) * size
 
@@ -113,7 +128,9 @@ def read_index(path: Path, nprobe: int | None = None) -> faiss.Index:
     try:
         index = faiss.read_index(str(path))
     except RuntimeError as error:
-        raise IndexBuildError(f"{path}: not a Faiss index that this Faiss reads: {error}") from error
+        raise IndexBuildError(
+            f"{path}: not a Faiss index that this Faiss reads: {error}"
+        ) from error
     if nprobe is not None:
         set_nprobe(index, nprobe)
     return index
@@ -129,7 +146,9 @@ def has_lists(index: faiss.Index) -> bool:
     return faiss.try_extract_index_ivf(index) is not None
 
 
-def search_index(index: Any, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def search_index(
+    index: Any, queries: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(scores, ids), both [N, k], best first; id -1 where there are fewer than k."""
     return index.search(np.ascontiguousarray(queries), k)
 
@@ -145,7 +164,9 @@ def exact_search(
         keep = np.flatnonzero(np.any(vectors != 0, axis=1))
         if len(keep) == 0:
             continue
-        scores, rows = faiss.knn(queries, vectors[keep], min(k, len(keep)), faiss.METRIC_INNER_PRODUCT)
+        scores, rows = faiss.knn(
+            queries, vectors[keep], min(k, len(keep)), faiss.METRIC_INNER_PRODUCT
+        )
         scores = np.concatenate([best, scores], axis=1)
         candidates = np.concatenate([ids, keep[rows] + first], axis=1)
         order = np.lexsort((candidates, -scores))[:, :k]

@@ -42,9 +42,13 @@ def train(task: IndexTask, _: int = 0) -> dict[str, Any]:
     record = task.folder.record("trained")
     if record is not None:
         return record
-    index = faiss_index.train_index(task.factory, open_embeddings(task.embeddings_url), task.train_index_size, task.seed)
+    index = faiss_index.train_index(
+        task.factory, open_embeddings(task.embeddings_url), task.train_index_size, task.seed
+    )
     if task.nprobe is not None and not faiss_index.has_lists(index):
-        raise faiss_index.IndexBuildError(f"nprobe is {task.nprobe}, but {task.factory!r} has no inverted lists to visit")
+        raise faiss_index.IndexBuildError(
+            f"nprobe is {task.nprobe}, but {task.factory!r} has no inverted lists to visit"
+        )
     return task.folder.publish("trained", {"files": {"index": _store(task, index, "trained")}})
 
 
@@ -66,7 +70,9 @@ def add(task: IndexTask, shard_id: int) -> dict[str, Any]:
     start, stop = faiss_index.shard_range(embeddings.num_chunks, task.total_shards, shard_id)
     faiss_index.add_rows(index, embeddings, start, stop)
     files = {"index": _store(task, index, name)}
-    return task.folder.publish(name, {"files": files, "start": start, "stop": stop, "vectors": index.ntotal})
+    return task.folder.publish(
+        name, {"files": files, "start": start, "stop": stop, "vectors": index.ntotal}
+    )
 
 
 def merge(task: IndexTask, _: int = 0) -> dict[str, Any]:
@@ -81,8 +87,12 @@ def merge(task: IndexTask, _: int = 0) -> dict[str, Any]:
     records = [task.folder.record(task.shard_record(i)) for i in range(task.total_shards)]
     missing = [i for i, record in enumerate(records) if record is None]
     if missing:
-        raise StorageError(f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; add them first")
-    index = faiss_index.merge_indexes([_read(task, record) for record in records if record is not None])
+        raise StorageError(
+            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; add them first"
+        )
+    index = faiss_index.merge_indexes(
+        [_read(task, record) for record in records if record is not None]
+    )
     value = {
         **task.details,
         "files": {"index": _store(task, index, "index")},
@@ -107,7 +117,9 @@ def measure_recall(task: IndexTask, index: Any) -> dict[str, Any]:
     A found chunk counts if it scores at least as high as the k-th best: ties are no misses.
     """
     embeddings = open_embeddings(task.embeddings_url)
-    chosen = np.random.default_rng(task.seed + 1).permutation(embeddings.num_chunks)[: task.recall_sample]
+    chosen = np.random.default_rng(task.seed + 1).permutation(embeddings.num_chunks)[
+        : task.recall_sample
+    ]
     queries = embeddings.rows(np.sort(chosen))
     queries = queries[np.any(queries != 0, axis=1)]
     k = min(task.recall_k, index.ntotal)
@@ -115,10 +127,18 @@ def measure_recall(task: IndexTask, index: Any) -> dict[str, Any]:
         faiss_index.set_nprobe(index, _nprobe(task, index) or 1)
     _, found = faiss_index.search_index(index, queries.astype(np.float32), k)
     _, best = faiss_index.exact_search(embeddings, queries.astype(np.float32), k)
-    scores, exact = (exact_scores(queries, embeddings.rows(ids.ravel()).reshape(*ids.shape, -1)) for ids in (found, best))
+    scores, exact = (
+        exact_scores(queries, embeddings.rows(ids.ravel()).reshape(*ids.shape, -1))
+        for ids in (found, best)
+    )
     hits = ((scores >= exact.min(axis=1, keepdims=True)) & (found >= 0)).mean(axis=1)
     half_width = 1.96 * float(hits.std()) / sqrt(len(hits))
-    return {"k": k, "recall_at_k": float(hits.mean()), "half_width_95": half_width, "queries": len(hits)}
+    return {
+        "k": k,
+        "recall_at_k": float(hits.mean()),
+        "half_width_95": half_width,
+        "queries": len(hits),
+    }
 
 
 def _store(task: IndexTask, index: Any, stem: str) -> dict[str, Any]:
@@ -156,7 +176,9 @@ class BuiltIndex:
             IndexBuildError: nprobe was given, but the index has no inverted lists.
         """
         if nprobe is not None and self.manifest["nprobe"] is None:
-            raise faiss_index.IndexBuildError(f"nprobe is {nprobe}, but index {self.url} has no inverted lists to visit")
+            raise faiss_index.IndexBuildError(
+                f"nprobe is {nprobe}, but index {self.url} has no inverted lists to visit"
+            )
         path = StageFolder(self.url).fetch(StoredFile(**self.manifest["files"]["index"]))
         return faiss_index.read_index(path, nprobe or self.manifest["nprobe"])
 
@@ -170,4 +192,6 @@ def open_index(url: str) -> BuiltIndex:
     try:
         return BuiltIndex(url, read_json(join_url(url, NAME)))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no {NAME}; expected the folder that jobs.build_index prints") from None
+        raise FileNotFoundError(
+            f"{url}: no {NAME}; expected the folder that jobs.build_index prints"
+        ) from None

@@ -51,4 +51,6 @@ def open_map(url: str) -> BuiltMap:
     try:
         return BuiltMap(url, read_json(join_url(url, NAME)))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no {NAME}; expected the folder that jobs.build_knn_map prints") from None
+        raise FileNotFoundError(
+            f"{url}: no {NAME}; expected the folder that jobs.build_knn_map prints"
+        ) from None

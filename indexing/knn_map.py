@@ -33,7 +33,9 @@ class KNNMapError(ValueError):
 def write_header(file: BinaryIO, k: int, rows: int, chunk_start: int) -> None:
     """Writes the 41 header bytes; the rows follow as little-endian i64."""
     if k < 1 or chunk_start < 0:
-        raise KNNMapError(f"K is {k} and chunk_start {chunk_start}; expected K >= 1 and chunk_start >= 0")
+        raise KNNMapError(
+            f"K is {k} and chunk_start {chunk_start}; expected K >= 1 and chunk_start >= 0"
+        )
     file.write(HEADER.pack(MAGIC, VERSION, k, rows, chunk_start))
 
 
@@ -44,9 +46,13 @@ def write_knn_map(file: BinaryIO, neighbors: NDArray[np.int64], chunk_start: int
         KNNMapError: not two-dimensional integers, K = 0, an id below -1, or a negative chunk_start.
     """
     if neighbors.ndim != 2 or neighbors.dtype.kind not in "iu":
-        raise KNNMapError(f"neighbors are {neighbors.dtype}{list(neighbors.shape)}; expected integers [rows, K]")
+        raise KNNMapError(
+            f"neighbors are {neighbors.dtype}{list(neighbors.shape)}; expected integers [rows, K]"
+        )
     if neighbors.size and neighbors.min() < NO_NEIGHBOR:
-        raise KNNMapError(f"neighbor id {neighbors.min()}; expected chunk ids, or -1 for no neighbor")
+        raise KNNMapError(
+            f"neighbor id {neighbors.min()}; expected chunk ids, or -1 for no neighbor"
+        )
     write_header(file, neighbors.shape[1], neighbors.shape[0], chunk_start)
     file.write(np.ascontiguousarray(neighbors, "<i8").tobytes())
 
@@ -63,10 +69,14 @@ class KNNMap:
         self.path = Path(path)
         raw = np.fromfile(self.path, np.uint8, HEADER.size).tobytes()
         if len(raw) < HEADER.size:
-            raise KNNMapError(f"{path}: {len(raw)} bytes; a KNN map header has {HEADER.size}. The file is truncated")
+            raise KNNMapError(
+                f"{path}: {len(raw)} bytes; a KNN map header has {HEADER.size}. The file is truncated"
+            )
         magic, version, k, rows, self.chunk_start = HEADER.unpack(raw)
         if magic != MAGIC:
-            raise KNNMapError(f"{path}: starts with {magic!r}, expected {MAGIC!r}; this is not a KNN map")
+            raise KNNMapError(
+                f"{path}: starts with {magic!r}, expected {MAGIC!r}; this is not a KNN map"
+            )
         if version != VERSION:
             raise KNNMapError(f"{path}: version {version}; this reader knows version {VERSION}")
         if k < 1:
@@ -74,7 +84,9 @@ class KNNMap:
         found, expected = self.path.stat().st_size, HEADER.size + 8 * k * rows
         if found != expected:
             kind = "truncated" if found < expected else "over-long"
-            raise KNNMapError(f"{path}: {found} bytes, but {rows} rows of K={k} need {expected}; the file is {kind}")
+            raise KNNMapError(
+                f"{path}: {found} bytes, but {rows} rows of K={k} need {expected}; the file is {kind}"
+            )
         self.neighbors: NDArray[np.int64] = self._map(rows, k)
 
     def _map(self, rows: int, k: int) -> NDArray[np.int64]:
@@ -128,7 +140,9 @@ def merge(parts: Sequence[KNNMap], file: BinaryIO) -> None:
     ordered = sorted(parts, key=lambda part: (part.chunk_start, part.rows))
     for before, after in zip(ordered, ordered[1:], strict=False):
         if before.k != after.k:
-            raise KNNMapError(f"{after.path} has K={after.k}, {before.path} has K={before.k}; expected one K")
+            raise KNNMapError(
+                f"{after.path} has K={after.k}, {before.path} has K={before.k}; expected one K"
+            )
         if after.chunk_start != before.chunk_stop:
             kind = "overlap" if after.chunk_start < before.chunk_stop else "leave a gap"
             raise KNNMapError(

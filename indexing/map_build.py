@@ -41,13 +41,17 @@ class MapTask:
 
 
 @lru_cache(maxsize=1)
-def neighbor_finder(index_url: str, retrieval_url: str, margin: int, nprobe: int | None) -> NeighborFinder:
+def neighbor_finder(
+    index_url: str, retrieval_url: str, margin: int, nprobe: int | None
+) -> NeighborFinder:
     """Search over a finished index with everything that defines a neighbor; one a process."""
     built = open_index(index_url)
     index, retrieval = built.load(nprobe), Dataset(retrieval_url)
     embeddings = open_embeddings(built.embeddings_url)
 
-    def search(queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(
+        queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         return faiss_index.search_index(index, queries, k)
 
     return NeighborFinder(search, embeddings.rows, retrieval.chunk_keys, index.ntotal, margin)
@@ -69,9 +73,13 @@ def search(task: MapTask, shard_id: int) -> dict[str, Any]:
         with open(scratch / "map.knn", "wb") as file:
             knn_map.write_knn_map(file, ids, start)
         np.save(scratch / "map.scores.npy", scores.astype(np.float16))
-        map_file, scores_file = task.folder.store(name, scratch / "map.knn", scratch / "map.scores.npy")
+        map_file, scores_file = task.folder.store(
+            name, scratch / "map.knn", scratch / "map.scores.npy"
+        )
     files = {"map": asdict(map_file), "scores": asdict(scores_file)}
-    return task.folder.publish(name, {"files": files, "rows": len(ids), "filled": int((ids >= 0).sum())})
+    return task.folder.publish(
+        name, {"files": files, "rows": len(ids), "filled": int((ids >= 0).sum())}
+    )
 
 
 def merge(task: MapTask, _: int = 0) -> dict[str, Any]:
@@ -87,14 +95,20 @@ def merge(task: MapTask, _: int = 0) -> dict[str, Any]:
     records = [record for record in found if record is not None]
     if len(records) < task.total_shards:
         missing = [i for i, record in enumerate(found) if record is None]
-        raise StorageError(f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; search them first")
+        raise StorageError(
+            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; search them first"
+        )
     paths = [task.folder.fetch(StoredFile(**record["files"]["map"])) for record in records]
-    scores = [np.load(task.folder.fetch(StoredFile(**record["files"]["scores"]))) for record in records]
+    scores = [
+        np.load(task.folder.fetch(StoredFile(**record["files"]["scores"]))) for record in records
+    ]
     with scratch_folder(task.folder.url) as scratch:
         with open(scratch / "map.knn", "wb") as file:
             knn_map.merge([knn_map.KNNMap(path) for path in paths], file)
         np.save(scratch / "map.scores.npy", np.concatenate(scores))
-        map_file, scores_file = task.folder.store("knn_map", scratch / "map.knn", scratch / "map.scores.npy")
+        map_file, scores_file = task.folder.store(
+            "knn_map", scratch / "map.knn", scratch / "map.scores.npy"
+        )
     rows = sum(record["rows"] for record in records)
     filled = sum(record["filled"] for record in records)
     value = {

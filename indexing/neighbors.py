@@ -21,13 +21,17 @@ _PAIRS = 1 << 18
 _SCORED_PAIRS = 1 << 14
 
 
-def take_first(candidates: NDArray[np.int64], banned: NDArray[np.bool_], k: int) -> NDArray[np.int64]:
+def take_first(
+    candidates: NDArray[np.int64], banned: NDArray[np.bool_], k: int
+) -> NDArray[np.int64]:
     """[N, k] the first k candidates [N, M] of each row that are not banned [N, M], in order; -1 where they run out.
 
     A candidate -1 that is not banned keeps its place (NeMo's rule).
     """
     order = np.argsort(banned, axis=1, kind="stable")[:, :k]
-    kept = np.where(np.take_along_axis(banned, order, 1), NO_NEIGHBOR, np.take_along_axis(candidates, order, 1))
+    kept = np.where(
+        np.take_along_axis(banned, order, 1), NO_NEIGHBOR, np.take_along_axis(candidates, order, 1)
+    )
     if kept.shape[1] < k:
         kept = np.pad(kept, ((0, 0), (0, k - kept.shape[1])), constant_values=NO_NEIGHBOR)
     return kept
@@ -43,7 +47,9 @@ def exact_scores(queries: NDArray[np.float16], vectors: NDArray[np.float16]) -> 
     step = max(1, _SCORED_PAIRS // vectors.shape[1])
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
-        scores[rows] = np.einsum("nd,nmd->nm", _as_integers(queries[rows]), _as_integers(vectors[rows]))
+        scores[rows] = np.einsum(
+            "nd,nmd->nm", _as_integers(queries[rows]), _as_integers(vectors[rows])
+        )
     return scores
 
 
@@ -116,7 +122,11 @@ class NeighborFinder:
         return (candidates[:, -1] < 0) | (kth > rough[:, -1] + _TIE)
 
     def _rank(
-        self, queries: NDArray[np.float16], candidates: NDArray[np.int64], banned: NDArray[np.bool_], k: int
+        self,
+        queries: NDArray[np.float16],
+        candidates: NDArray[np.int64],
+        banned: NDArray[np.bool_],
+        k: int,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         vectors = self.rows(np.where(banned, NO_NEIGHBOR, candidates).ravel())
         exact = exact_scores(queries, vectors.reshape(*candidates.shape, -1))

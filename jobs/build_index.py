@@ -58,10 +58,14 @@ class BuildIndexConfig:
 
 def run(config: BuildIndexConfig) -> dict[str, Any]:
     if config.shard_id is not None and config.stage != "add":
-        raise ValueError(f"shard_id names one shard for stage add; it has no effect on stage {config.stage}")
+        raise ValueError(
+            f"shard_id names one shard for stage add; it has no effect on stage {config.stage}"
+        )
     dataset = Dataset(config.dataset_url)
     if dataset.manifest.split != "retrieval":
-        raise ValueError(f"{config.dataset_url} is the {dataset.manifest.split} dataset; only a retrieval dataset is indexed")
+        raise ValueError(
+            f"{config.dataset_url} is the {dataset.manifest.split} dataset; only a retrieval dataset is indexed"
+        )
     if config.dry_run:
         return _describe(config, dataset, embedder_facts(config.embedder))
     with dask_client(config.cluster) as client:
@@ -70,15 +74,26 @@ def run(config: BuildIndexConfig) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for stage in STAGES if config.stage == "all" else (config.stage,):
             result = _run_stage(stage, client, config, dataset, embed_task, task)
-    return {"embeddings_url": embed_task.folder.url, "index_url": task.folder.url, **_summary(result)}
+    return {
+        "embeddings_url": embed_task.folder.url,
+        "index_url": task.folder.url,
+        **_summary(result),
+    }
 
 
 def plan_embedding(
-    dataset: Dataset, embedder: EmbedderConfig, facts: dict[str, Any], block_chunks: int, output_url: str, **reuse: str
+    dataset: Dataset,
+    embedder: EmbedderConfig,
+    facts: dict[str, Any],
+    block_chunks: int,
+    output_url: str,
+    **reuse: str,
 ) -> EmbedTask:
     """The task of embedding a dataset; its folder is named by all that determines the vectors."""
     details = {"dataset_fingerprint": dataset.manifest.fingerprint, **facts}
-    key = content_key(details["dataset_fingerprint"], facts["embedder_fingerprint"], block_chunks, bool(reuse))[:16]
+    key = content_key(
+        details["dataset_fingerprint"], facts["embedder_fingerprint"], block_chunks, bool(reuse)
+    )[:16]
     folder = StageFolder(join_url(output_url, f"embeddings-{key}"))
     return EmbedTask(folder, dataset.url, embedder, block_chunks, details, **reuse)
 
@@ -92,11 +107,15 @@ def embed_dataset(client: Any, task: EmbedTask, num_chunks: int) -> dict[str, An
 def _tasks(
     config: BuildIndexConfig, dataset: Dataset, facts: dict[str, Any]
 ) -> tuple[EmbedTask, index_build.IndexTask]:
-    embed_task = plan_embedding(dataset, config.embedder, facts, config.block_chunks, config.output_url)
+    embed_task = plan_embedding(
+        dataset, config.embedder, facts, config.block_chunks, config.output_url
+    )
     return embed_task, _index_task(config, dataset, embed_task)
 
 
-def _index_task(config: BuildIndexConfig, dataset: Dataset, embed_task: EmbedTask) -> index_build.IndexTask:
+def _index_task(
+    config: BuildIndexConfig, dataset: Dataset, embed_task: EmbedTask
+) -> index_build.IndexTask:
     factory = config.faiss_factory or choose_factory(dataset.num_chunks)[0]
     determining = (embed_task.details, factory, config.train_index_size, config.seed, config.nprobe)
     recall = (config.recall_sample, config.recall_k)
@@ -116,7 +135,12 @@ def _index_task(config: BuildIndexConfig, dataset: Dataset, embed_task: EmbedTas
 
 
 def _run_stage(
-    stage: str, client: Any, config: BuildIndexConfig, dataset: Dataset, embed_task: EmbedTask, task: index_build.IndexTask
+    stage: str,
+    client: Any,
+    config: BuildIndexConfig,
+    dataset: Dataset,
+    embed_task: EmbedTask,
+    task: index_build.IndexTask,
 ) -> dict[str, Any]:
     if stage == "embed":
         return embed_dataset(client, embed_task, dataset.num_chunks)
@@ -124,11 +148,15 @@ def _run_stage(
         shards = range(config.total_shards) if config.shard_id is None else [config.shard_id]
         run_tasks(client, index_build.add, task, shards, "add")
         return {}
-    return run_tasks(client, index_build.train if stage == "train" else index_build.merge, task, [0], stage)[0]
+    return run_tasks(
+        client, index_build.train if stage == "train" else index_build.merge, task, [0], stage
+    )[0]
 
 
 def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {key: manifest[key] for key in ("vectors", "factory", "nprobe", "recall") if key in manifest}
+    return {
+        key: manifest[key] for key in ("vectors", "factory", "nprobe", "recall") if key in manifest
+    }
 
 
 def _describe(config: BuildIndexConfig, dataset: Dataset, facts: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +169,15 @@ def _describe(config: BuildIndexConfig, dataset: Dataset, facts: dict[str, Any])
         "embedding_bytes": dataset.num_chunks * facts["dimension"] * 2,
         "embedding_tasks": num_blocks(dataset.num_chunks, config.block_chunks),
         "factory": task.factory,
-        "reason": "faiss_factory" if config.faiss_factory else choose_factory(dataset.num_chunks)[1],
+        "reason": "faiss_factory"
+        if config.faiss_factory
+        else choose_factory(dataset.num_chunks)[1],
     }
 
 
 if __name__ == "__main__":
-    run_job("Embed a retrieval dataset and build its Faiss index on Dask workers.", BuildIndexConfig, run)
+    run_job(
+        "Embed a retrieval dataset and build its Faiss index on Dask workers.",
+        BuildIndexConfig,
+        run,
+    )

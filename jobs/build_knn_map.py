@@ -62,11 +62,17 @@ class BuildKNNMapConfig:
 
 
 def run(config: BuildKNNMapConfig) -> dict[str, Any]:
-    dataset, retrieval, index = Dataset(config.dataset_url), Dataset(config.retrieval_url), open_index(config.index_url)
+    dataset, retrieval, index = (
+        Dataset(config.dataset_url),
+        Dataset(config.retrieval_url),
+        open_index(config.index_url),
+    )
     _check_numbers(config)
     _check_parents(dataset, retrieval, index)
     if config.dry_run:
-        return _describe(dataset, *_tasks(config, dataset, retrieval, index, embedder_facts(config.embedder)))
+        return _describe(
+            dataset, *_tasks(config, dataset, retrieval, index, embedder_facts(config.embedder))
+        )
     with dask_client(config.cluster) as client:
         facts = client.submit(embedder_facts, config.embedder, pure=False).result()
         embed_task, task = _tasks(config, dataset, retrieval, index, facts)
@@ -88,17 +94,23 @@ def _check_numbers(config: BuildKNNMapConfig) -> None:
             f"{config.dedup_margin}; expected at least 1, 0 and 0"
         )
     if config.shard_id is not None and config.stage != "search":
-        raise ValueError(f"shard_id names one shard for stage search; it has no effect on stage {config.stage}")
+        raise ValueError(
+            f"shard_id names one shard for stage search; it has no effect on stage {config.stage}"
+        )
 
 
 def _check_parents(dataset: Dataset, retrieval: Dataset, index: BuiltIndex) -> None:
     """Refuses an index of another dataset, datasets of different tokenizers, and held-out documents that are indexed."""
     expected, found = index.manifest["dataset_fingerprint"], retrieval.manifest.fingerprint
     if expected != found:
-        raise StorageError(f"{index.url} was built from the dataset {expected}, but {retrieval.url} is {found}")
+        raise StorageError(
+            f"{index.url} was built from the dataset {expected}, but {retrieval.url} is {found}"
+        )
     ours, theirs = dataset.manifest.tokenizer_fingerprint, retrieval.manifest.tokenizer_fingerprint
     if ours != theirs:
-        raise StorageError(f"{dataset.url} has tokenizer {ours}, {retrieval.url} has {theirs}; expected the same")
+        raise StorageError(
+            f"{dataset.url} has tokenizer {ours}, {retrieval.url} has {theirs}; expected the same"
+        )
     if dataset.manifest.split in HELD_OUT:
         leaked = np.isin(dataset.document_keys, retrieval.document_keys)
         if leaked.any():
@@ -109,7 +121,11 @@ def _check_parents(dataset: Dataset, retrieval: Dataset, index: BuiltIndex) -> N
 
 
 def _tasks(
-    config: BuildKNNMapConfig, dataset: Dataset, retrieval: Dataset, index: BuiltIndex, facts: dict[str, Any]
+    config: BuildKNNMapConfig,
+    dataset: Dataset,
+    retrieval: Dataset,
+    index: BuiltIndex,
+    facts: dict[str, Any],
 ) -> tuple[EmbedTask, map_build.MapTask]:
     if facts["embedder_fingerprint"] != index.manifest["embedder_fingerprint"]:
         raise StorageError(
@@ -118,12 +134,18 @@ def _tasks(
             f"({facts['embedder_fingerprint']}); use the same embedder, dtype and batch size"
         )
     reuse = {"reuse_dataset_url": retrieval.url, "reuse_url": index.embeddings_url}
-    embed_task = plan_embedding(dataset, config.embedder, facts, config.block_chunks, config.output_url, **reuse)
+    embed_task = plan_embedding(
+        dataset, config.embedder, facts, config.block_chunks, config.output_url, **reuse
+    )
     return embed_task, _map_task(config, dataset, retrieval, index, embed_task)
 
 
 def _map_task(
-    config: BuildKNNMapConfig, dataset: Dataset, retrieval: Dataset, index: BuiltIndex, embed_task: EmbedTask
+    config: BuildKNNMapConfig,
+    dataset: Dataset,
+    retrieval: Dataset,
+    index: BuiltIndex,
+    embed_task: EmbedTask,
 ) -> map_build.MapTask:
     details = {
         "training_fingerprint": dataset.manifest.fingerprint,
@@ -134,7 +156,9 @@ def _map_task(
         "remove_duplicate": config.remove_duplicate,
         "nprobe": config.nprobe or index.manifest["nprobe"],
     }
-    key = content_key(details, config.spare_neighbors, config.dedup_margin, config.block_chunks)[:16]
+    key = content_key(details, config.spare_neighbors, config.dedup_margin, config.block_chunks)[
+        :16
+    ]
     return map_build.MapTask(
         folder=StageFolder(join_url(config.output_url, f"knn-{key}")),
         dataset_url=dataset.url,

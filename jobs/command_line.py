@@ -11,25 +11,40 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+
 def run_job(
-    description: str, config_class: type[Any], job: Callable[[Any], dict[str, Any] | None], args: list[str] | None = None
+    description: str,
+    config_class: type[Any],
+    job: Callable[[Any], dict[str, Any] | None],
+    args: list[str] | None = None,
 ) -> None:
     """Parses the command line into `config_class`, runs the job, prints its result as the last line; exits.
 
     Options come from a YAML file (--config), then from dotted overrides. Exit codes: 0 done, 2 bad configuration or
     input (ValueError, FileNotFoundError), 1 anything else.
     """
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", datefmt="%X")
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%X",
+    )
     for chatty in ("distributed", "py4j", "sentence_transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action="config", help="YAML file with options; later options override it")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with options; later options override it"
+    )
     stages = {f.name: f.type for f in fields(config_class) if f.name == "stage"}
     for name, values in stages.items():
         parser.add_argument(name, type=values, help="what to do")
     parser.add_class_arguments(config_class, as_group=False, skip=set(stages) | {"dry_run"})
     if any(f.name == "dry_run" for f in fields(config_class)):
-        parser.add_argument("--dry_run", action="store_true", help="check the inputs, print the plan and write nothing")
+        parser.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="check the inputs, print the plan and write nothing",
+        )
     parsed = parser.parse_args(args)
     parsed.pop("config", None)
     config = config_class(**parser.instantiate_classes(parsed).as_dict())

@@ -55,10 +55,14 @@ class EvaluateConfig:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     dataset = Dataset(config.dataset_url)
     if dataset.manifest.split not in HELD_OUT:
-        raise ValueError(f"{config.dataset_url} is the {dataset.manifest.split} dataset; expected one of {HELD_OUT}")
+        raise ValueError(
+            f"{config.dataset_url} is the {dataset.manifest.split} dataset; expected one of {HELD_OUT}"
+        )
     stored = require_checkpoint(config.run_url)["config"]
     if bool(stored["dec_cross_attention"]) != bool(config.map_url and config.retrieval_url):
-        raise ValueError("map_url and retrieval_url belong to a model with retrieval, and only to one")
+        raise ValueError(
+            "map_url and retrieval_url belong to a model with retrieval, and only to one"
+        )
     readers = _readers(config, dataset)
     model = load_model(config.run_url)
     tokenizer = load_tokenizer(
@@ -77,7 +81,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             scored=scored,
             token_lengths=tokenizer.token_lengths,
         ).summary()
-    return {"run_url": config.run_url, "parameters": _parameters(model), "samples": len(samples), **results}
+    return {
+        "run_url": config.run_url,
+        "parameters": _parameters(model),
+        "samples": len(samples),
+        **results,
+    }
 
 
 def _parameters(model: Retro) -> int:
@@ -100,11 +109,15 @@ def _samples(reader: SampleReader, scored: Any, limit: int | None) -> Any:
     labels = np.flatnonzero(scored)
     numbers = np.unique((labels[labels > 0] - 1) // reader.seq_length)
     if len(numbers) == 0:
-        raise ValueError(f"{reader.dataset.url}: nothing to score; no document matches sources and answer_pattern")
+        raise ValueError(
+            f"{reader.dataset.url}: nothing to score; no document matches sources and answer_pattern"
+        )
     if limit is None or limit >= len(numbers):
         return numbers
     return numbers[np.linspace(0, len(numbers) - 1, limit).astype(int)]
 
 
 if __name__ == "__main__":
-    run_job("Evaluate a run on held-out data with retrieval on, off and random.", EvaluateConfig, run)
+    run_job(
+        "Evaluate a run on held-out data with retrieval on, off and random.", EvaluateConfig, run
+    )

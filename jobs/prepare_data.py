@@ -14,4 +14,6 @@ def run(config: PrepareConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job("Tokenize, pad and chunk loose JSON into retmmap datasets with Spark.", PrepareConfig, run)
+    run_job(
+        "Tokenize, pad and chunk loose JSON into retmmap datasets with Spark.", PrepareConfig, run
+    )

@@ -80,7 +80,9 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
     train, validation = _readers(config)
     model = Retro(_model_config(config, train.dataset))
     if config.trainable == "retrieval" and not (model.config.has_retrieval and config.init_url):
-        raise ValueError("trainable=retrieval needs init_url (the decoder to freeze) and a model with dec_cross_attention")
+        raise ValueError(
+            "trainable=retrieval needs init_url (the decoder to freeze) and a model with dec_cross_attention"
+        )
     if config.dry_run:
         return _describe(config, model, train)
     with process_group(config.device) as mesh:
@@ -89,7 +91,9 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         _prepare_weights(config, model)
         model.to(config.device)
         shard(model, mesh, config.precision)
-        trainer = Trainer(config.trainer, config.optim, model, mesh, train, validation, config.output_url)
+        trainer = Trainer(
+            config.trainer, config.optim, model, mesh, train, validation, config.output_url
+        )
         result = trainer.run()
         return {"run_url": config.output_url, **result} if mesh.get_rank() == 0 else None
 
@@ -98,26 +102,43 @@ def _readers(config: PretrainConfig) -> tuple[SampleReader, SampleReader | None]
     """Readers of training and validation samples, after every manifest was checked against the others."""
     data = config.data
     needs_retrieval = bool(config.model.dec_cross_attention)
-    named = {k: v for k, v in asdict(data).items() if k in ("retrieval_url", "train_map_url", "validation_map_url") and v}
+    named = {
+        k: v
+        for k, v in asdict(data).items()
+        if k in ("retrieval_url", "train_map_url", "validation_map_url") and v
+    }
     if needs_retrieval and not (data.retrieval_url and data.train_map_url):
-        raise ValueError("a model with dec_cross_attention needs data.retrieval_url and data.train_map_url")
+        raise ValueError(
+            "a model with dec_cross_attention needs data.retrieval_url and data.train_map_url"
+        )
     if not needs_retrieval and named:
-        raise ValueError(f"{sorted(named)} have no effect on a plain decoder (dec_cross_attention is empty); leave them out")
+        raise ValueError(
+            f"{sorted(named)} have no effect on a plain decoder (dec_cross_attention is empty); leave them out"
+        )
     retrieval = Dataset(data.retrieval_url) if data.retrieval_url else None
     train = _reader(config, data.train_url, data.train_map_url, retrieval)
     if train.dataset.manifest.split != "train":
-        raise ValueError(f"{data.train_url} is the {train.dataset.manifest.split} dataset; training on it would be a leak")
+        raise ValueError(
+            f"{data.train_url} is the {train.dataset.manifest.split} dataset; training on it would be a leak"
+        )
     if data.validation_url is None:
         return train, None
     if needs_retrieval and data.validation_map_url is None:
         raise ValueError("validation with retrieval needs data.validation_map_url")
     validation = _reader(config, data.validation_url, data.validation_map_url, retrieval)
-    if validation.dataset.manifest.tokenizer_fingerprint != train.dataset.manifest.tokenizer_fingerprint:
-        raise StorageError(f"{data.validation_url} and {data.train_url} were made with different tokenizers")
+    if (
+        validation.dataset.manifest.tokenizer_fingerprint
+        != train.dataset.manifest.tokenizer_fingerprint
+    ):
+        raise StorageError(
+            f"{data.validation_url} and {data.train_url} were made with different tokenizers"
+        )
     return train, validation
 
 
-def _reader(config: PretrainConfig, url: str, map_url: str | None, retrieval: Dataset | None) -> SampleReader:
+def _reader(
+    config: PretrainConfig, url: str, map_url: str | None, retrieval: Dataset | None
+) -> SampleReader:
     dataset = Dataset(url)
     neighbors = None
     if retrieval is not None and map_url is not None:
@@ -128,7 +149,10 @@ def _reader(config: PretrainConfig, url: str, map_url: str | None, retrieval: Da
 def _model_config(config: PretrainConfig, dataset: Dataset) -> RetroConfig:
     manifest = dataset.manifest
     return RetroConfig(
-        **asdict(config.model), vocab_size=manifest.vocab_size, eod_id=manifest.eod_id, chunk_size=manifest.chunk_size
+        **asdict(config.model),
+        vocab_size=manifest.vocab_size,
+        eod_id=manifest.eod_id,
+        chunk_size=manifest.chunk_size,
     )
 
 
@@ -142,14 +166,18 @@ def _claim_folder(config: PretrainConfig, train: SampleReader) -> None:
         "trainable": config.trainable,
         "precision": config.precision,
         "training_fingerprint": train.dataset.manifest.fingerprint,
-        "map_fingerprint": open_map(config.data.train_map_url).fingerprint if config.data.train_map_url else None,
+        "map_fingerprint": open_map(config.data.train_map_url).fingerprint
+        if config.data.train_map_url
+        else None,
         "init": require_checkpoint(config.init_url)["progress"] if config.init_url else None,
     }
     wanted = json.loads(json.dumps(wanted))
     url = join_url(config.output_url, _CONFIG)
     create_json(url, wanted)
     found = read_json(url)
-    differing = {key: (found.get(key), wanted[key]) for key in wanted if found.get(key) != wanted[key]}
+    differing = {
+        key: (found.get(key), wanted[key]) for key in wanted if found.get(key) != wanted[key]
+    }
     if differing:
         raise ValueError(
             f"{config.output_url} holds a run of another configuration (found, wanted): {differing}; name another "
@@ -173,10 +201,14 @@ def _describe(config: PretrainConfig, model: Retro, train: SampleReader) -> dict
     return {
         "run_url": config.output_url,
         "parameters": sum(sizes.values()),
-        "retrieval_parameters": sum(size for name, size in sizes.items() if is_retrieval_parameter(name)),
+        "retrieval_parameters": sum(
+            size for name, size in sizes.items() if is_retrieval_parameter(name)
+        ),
         "training_samples": train.num_samples,
         "tokens_per_step": config.trainer.global_batch_size * config.data.seq_length,
-        "tokens": config.trainer.max_steps * config.trainer.global_batch_size * config.data.seq_length,
+        "tokens": config.trainer.max_steps
+        * config.trainer.global_batch_size
+        * config.data.seq_length,
     }
 
 

@@ -44,7 +44,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, table: Table, mask_BLL: Tensor) -> Tensor:
         q, k, v = _heads(self.query_key_value(x_BLD), self.config, 3)
-        return self.dense(_join_heads(masked_attention(rotate(q, table), rotate(k, table), v, mask_BLL)))
+        return self.dense(
+            _join_heads(masked_attention(rotate(q, table), rotate(k, table), v, mask_BLL))
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class ChunkedCrossAttention(CrossAttention):
         m = self.config.chunk_size
         queries_NMD = windows(x_BLD, m).flatten(0, 1)
         attended = self.attend(queries_NMD, context)
-        joined = attended.unflatten(0, (x_BLD.shape[0], -1)).flatten(1, 2)[:, : x_BLD.shape[1] - m + 1]
+        joined = attended.unflatten(0, (x_BLD.shape[0], -1)).flatten(1, 2)[
+            :, : x_BLD.shape[1] - m + 1
+        ]
         return self.dense(F.pad(joined, (0, 0, m - 1, 0)))
 
 

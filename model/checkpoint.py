@@ -27,13 +27,21 @@ _FOLDER = "checkpoints"
 
 
 def save_checkpoint(
-    run_url: str, step: int, model: Retro, optimizer: torch.optim.Optimizer, progress: dict[str, Any], keep: int
+    run_url: str,
+    step: int,
+    model: Retro,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    keep: int,
 ) -> None:
     """Saves on all ranks; then rank 0 publishes the record and deletes all but the `keep` newest checkpoints."""
     names = [f"step-{step:08d}-{uuid.uuid4().hex[:8]}"]
     dist.broadcast_object_list(names)
     folder = _absolute(join_url(run_url, _FOLDER, names[0]))
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     dcp.save(state, storage_writer=FsspecWriter(folder))
     if dist.get_rank() == 0:
         record = {"folder": names[0], "config": asdict(model.config), "progress": progress}
@@ -87,13 +95,20 @@ def require_checkpoint(run_url: str) -> dict[str, Any]:
     """
     record = latest_checkpoint(run_url)
     if record is None:
-        raise FileNotFoundError(f"{run_url}: no checkpoint; expected the output_url of a jobs.pretrain run")
+        raise FileNotFoundError(
+            f"{run_url}: no checkpoint; expected the output_url of a jobs.pretrain run"
+        )
     return record
 
 
-def resume(record: dict[str, Any], model: Retro, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def resume(
+    record: dict[str, Any], model: Retro, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Loads weights and optimizer state in place; returns the progress."""
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     dcp.load(state, storage_reader=FsspecReader(record["folder"]))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return record["progress"]
@@ -105,31 +120,51 @@ def load_weights(record: dict[str, Any], model: Retro) -> None:
     Raises:
         StorageError: the checkpoint lacks other parameters, or was made for another shape, vocabulary or chunk size.
     """
-    stored = RetroConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()})
+    stored = RetroConfig(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
+    )
     _check_compatible(stored, model.config, record["folder"])
     state = get_model_state_dict(model)
     if not stored.has_retrieval:
         state = {name: value for name, value in state.items() if not is_retrieval_parameter(name)}
-    dcp.load({"model": state}, storage_reader=FsspecReader(record["folder"]), no_dist=not dist.is_initialized())
+    dcp.load(
+        {"model": state},
+        storage_reader=FsspecReader(record["folder"]),
+        no_dist=not dist.is_initialized(),
+    )
 
 
 def load_model(run_url: str) -> Retro:
     """The model of a run's newest checkpoint, whole, in this process, on the CPU."""
     record = require_checkpoint(run_url)
-    config = RetroConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()})
+    config = RetroConfig(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
+    )
     model = Retro(config)
     load_weights(record, model)
     return model.eval()
 
 
 def _check_compatible(stored: RetroConfig, wanted: RetroConfig, folder: str) -> None:
-    free = {"dec_cross_attention", "enc_num_layers", "enc_cross_attention", "version", "reset_cross_attention"}
+    free = {
+        "dec_cross_attention",
+        "enc_num_layers",
+        "enc_cross_attention",
+        "version",
+        "reset_cross_attention",
+    }
     if stored.has_retrieval:
         free = set()
     found, expected = asdict(stored), asdict(wanted)
-    differing = {k: (found[k], expected[k]) for k in found if k not in free | {"init_method_std"} and found[k] != expected[k]}
+    differing = {
+        k: (found[k], expected[k])
+        for k in found
+        if k not in free | {"init_method_std"} and found[k] != expected[k]
+    }
     if differing:
-        raise StorageError(f"{folder}: the checkpoint differs from the configured model (found, expected): {differing}")
+        raise StorageError(
+            f"{folder}: the checkpoint differs from the configured model (found, expected): {differing}"
+        )
 
 
 def freeze_decoder(model: nn.Module) -> None:

@@ -64,12 +64,16 @@ class RetroConfig(ModelConfig):
                 "change one of them or set kv_channels"
             )
         if self.rotary_dim % 2:
-            raise ConfigError(f"heads are {self.head_dim} wide; rotary positions need an even width")
+            raise ConfigError(
+                f"heads are {self.head_dim} wide; rotary positions need an even width"
+            )
         _check_layers("dec_cross_attention", self.dec_cross_attention, self.dec_num_layers)
         if self.has_retrieval:
             _check_layers("enc_cross_attention", self.enc_cross_attention, self.enc_num_layers)
             if self.enc_num_layers < 1:
-                raise ConfigError(f"enc_num_layers is {self.enc_num_layers}; retrieval needs at least one")
+                raise ConfigError(
+                    f"enc_num_layers is {self.enc_num_layers}; retrieval needs at least one"
+                )
         if self.vocab_size < 1 or not 0 <= self.eod_id < self.vocab_size or self.chunk_size < 1:
             raise ConfigError(
                 f"vocab_size {self.vocab_size}, eod_id {self.eod_id}, chunk_size {self.chunk_size}; expected "
@@ -96,4 +100,6 @@ class RetroConfig(ModelConfig):
 
 def _check_layers(name: str, layers: tuple[int, ...], count: int) -> None:
     if len(set(layers)) != len(layers) or any(not 0 <= layer < count for layer in layers):
-        raise ConfigError(f"{name} is {list(layers)}; expected different layers among 0..{count - 1}")
+        raise ConfigError(
+            f"{name} is {list(layers)}; expected different layers among 0..{count - 1}"
+        )

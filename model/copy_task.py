@@ -26,7 +26,10 @@ def copy_batch(
         tokens: The ids to draw from (no special tokens).
         max_shift: The copied continuation is moved by up to this many tokens, 0: aligned.
     """
-    parts = [_sample(int(n), seq_length, chunk_size, neighbors, tokens, max_shift, seed) for n in sample_numbers]
+    parts = [
+        _sample(int(n), seq_length, chunk_size, neighbors, tokens, max_shift, seed)
+        for n in sample_numbers
+    ]
     streams, neighbor_tokens = (np.stack(part) for part in zip(*parts, strict=True))
     batch, chunks = len(parts), seq_length // chunk_size
     loss_mask = np.zeros((batch, seq_length), np.bool_)
@@ -42,7 +45,13 @@ def copy_batch(
 
 
 def _sample(
-    number: int, length: int, m: int, neighbors: int, tokens: NDArray[np.int64], max_shift: int, seed: int
+    number: int,
+    length: int,
+    m: int,
+    neighbors: int,
+    tokens: NDArray[np.int64],
+    max_shift: int,
+    seed: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Stream [S + 1] and neighbors [C, K, 2 M] of one sample."""
     random = np.random.default_rng((seed, number))

@@ -17,7 +17,9 @@ from model.retro import Retro, document_segments
 from model.samples import SampleReader, TensorBatch
 
 
-def token_losses(model: Retro, batch: TensorBatch, retrieval: bool, mask: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    model: Retro, batch: TensorBatch, retrieval: bool, mask: torch.Tensor
+) -> torch.Tensor:
     """[n] float32 cross-entropy, in nats, of the n labels where mask [B, S] is True, in order."""
     neighbors = (batch.neighbors, batch.neighbors_mask) if retrieval else (None, None)
     return model(batch.tokens, batch.tokens_mask, *neighbors, batch.labels, mask)
@@ -63,7 +65,9 @@ class LossSums:
 def before_first_retrieval(batch: TensorBatch, eod_id: int, chunk_size: int) -> torch.Tensor:
     """[B, S] positions whose document has no completed chunk in the sample yet: no neighbor can be visible there."""
     segments = document_segments(batch.tokens, eod_id)
-    last_complete = (torch.arange(batch.tokens.shape[1], device=batch.tokens.device) + 1) // chunk_size - 1
+    last_complete = (
+        torch.arange(batch.tokens.shape[1], device=batch.tokens.device) + 1
+    ) // chunk_size - 1
     chunk_start = last_complete.clamp_min(0) * chunk_size
     return (last_complete < 0) | (segments[:, chunk_start] != segments)
 
@@ -89,26 +93,36 @@ def loss_sums(
         batch = reader.read(np.maximum(numbers, 0)).to(device)
         mask = batch.loss_mask & torch.from_numpy(numbers >= 0).to(device)[:, None]
         if scored is not None:
-            mask &= torch.from_numpy(_scored_labels(scored, np.maximum(numbers, 0), reader.seq_length)).to(device)
+            mask &= torch.from_numpy(
+                _scored_labels(scored, np.maximum(numbers, 0), reader.seq_length)
+            ).to(device)
         losses = token_losses(model, batch, retrieval, mask).double()
         before = before_first_retrieval(batch, model.config.eod_id, model.config.chunk_size)[mask]
         lengths = 0.0
         if token_lengths is not None:
             lengths = float(torch.from_numpy(token_lengths).to(device)[batch.labels[mask]].sum())
         total += LossSums(
-            float(losses.sum()), float(mask.sum()), lengths, float(losses[before].sum()), float(before.sum())
+            float(losses.sum()),
+            float(mask.sum()),
+            lengths,
+            float(losses[before].sum()),
+            float(before.sum()),
         )
     return total
 
 
-def _scored_labels(scored: NDArray[np.bool_], numbers: NDArray[np.int64], seq_length: int) -> NDArray[np.bool_]:
+def _scored_labels(
+    scored: NDArray[np.bool_], numbers: NDArray[np.int64], seq_length: int
+) -> NDArray[np.bool_]:
     """[B, S] whether the label of each position is scored."""
     positions = numbers[:, None] * seq_length + np.arange(1, seq_length + 1)
     inside = positions < len(scored)
     return scored[np.where(inside, positions, 0)] & inside
 
 
-def batches_of(numbers: NDArray[np.int64], batch_size: int, rank: int = 0, world_size: int = 1) -> list[NDArray[np.int64]]:
+def batches_of(
+    numbers: NDArray[np.int64], batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[NDArray[np.int64]]:
     """Sample numbers in batches, dealt to ranks; every rank gets equally many equal batches, filled up with -1."""
     per_round = batch_size * world_size
     rounds = -(-len(numbers) // per_round)

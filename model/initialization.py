@@ -29,7 +29,9 @@ def initialize(model: Retro, seed: int) -> None:
             elif "layernorm" in name:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, standard_deviation(name, model.config), generator=generator_for(seed, name))
+                parameter.normal_(
+                    0.0, standard_deviation(name, model.config), generator=generator_for(seed, name)
+                )
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -40,7 +42,11 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 def standard_deviation(name: str, config: RetroConfig) -> float:
     layers = config.enc_num_layers if name.startswith("encoder.") else config.dec_num_layers
-    return config.init_method_std / sqrt(2 * layers) if name.endswith(_RESIDUAL) else config.init_method_std
+    return (
+        config.init_method_std / sqrt(2 * layers)
+        if name.endswith(_RESIDUAL)
+        else config.init_method_std
+    )
 
 
 def start_retrieval_from_decoder(model: nn.Module) -> None:
@@ -50,5 +56,7 @@ def start_retrieval_from_decoder(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name.startswith("layers.") and ".post_inter_attention_layernorm." in name:
-                trained = name.replace("feed_forward_half.post_inter_attention", "attention_half.post_attention")
+                trained = name.replace(
+                    "feed_forward_half.post_inter_attention", "attention_half.post_attention"
+                )
                 parameter.copy_(parameters[trained])

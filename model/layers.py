@@ -32,7 +32,9 @@ class AttentionHalf(nn.Module):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.self_attention = SelfAttention(config)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.post_attention_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layernorm_epsilon
+        )
 
     def forward(self, x_BLD: Tensor, table: Table, mask_BLL: Tensor) -> tuple[Tensor, Tensor]:
         x_BLD = x_BLD + self.self_attention(self.input_layernorm(x_BLD), table, mask_BLL)
@@ -46,7 +48,9 @@ class FeedForwardHalf(nn.Module):
         super().__init__()
         self.cross_attention = cross_attention
         if cross_attention is not None:
-            self.post_inter_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+            self.post_inter_attention_layernorm = nn.LayerNorm(
+                config.hidden_size, eps=config.layernorm_epsilon
+            )
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, y: Tensor, context: Context | None) -> Tensor:
@@ -60,9 +64,13 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: RetroConfig, has_cross_attention: bool) -> None:
         super().__init__()
         self.attention_half = AttentionHalf(config)
-        self.feed_forward_half = FeedForwardHalf(config, ChunkedCrossAttention(config) if has_cross_attention else None)
+        self.feed_forward_half = FeedForwardHalf(
+            config, ChunkedCrossAttention(config) if has_cross_attention else None
+        )
 
-    def forward(self, x_BLD: Tensor, table: Table, mask_BLL: Tensor, context: Context | None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, table: Table, mask_BLL: Tensor, context: Context | None
+    ) -> Tensor:
         x_BLD, y_BLD = self.attention_half(x_BLD, table, mask_BLL)
         return self.feed_forward_half(x_BLD, y_BLD, context)
 
@@ -74,7 +82,9 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: RetroConfig, has_cross_attention: bool) -> None:
         super().__init__()
         self.attention_half = AttentionHalf(config)
-        self.feed_forward_half = FeedForwardHalf(config, CrossAttention(config) if has_cross_attention else None)
+        self.feed_forward_half = FeedForwardHalf(
+            config, CrossAttention(config) if has_cross_attention else None
+        )
 
     def forward(self, x_NKRD: Tensor, table: Table, mask_NKRR: Tensor, context: Context) -> Tensor:
         neighbors = x_NKRD.shape[1]

@@ -20,7 +20,11 @@ class MetricsLog:
 
     def __init__(self, run_url: str, resumed_step: int) -> None:
         self._url = run_url
-        self._local = Path(filesystem_of(run_url)[1]) if is_local(run_url) else Path(tempfile.mkdtemp(prefix="retromill-"))
+        self._local = (
+            Path(filesystem_of(run_url)[1])
+            if is_local(run_url)
+            else Path(tempfile.mkdtemp(prefix="retromill-"))
+        )
         self._local.mkdir(parents=True, exist_ok=True)
         path = self._local / NAME
         kept = [line for line in read_lines(run_url) if line["step"] <= resumed_step]

@@ -18,7 +18,12 @@ Precision = Literal["32", "bf16"]
 @contextmanager
 def process_group(device: str) -> Iterator[DeviceMesh]:
     """The mesh over all ranks that torchrun started; a single process without torchrun is a mesh of one."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
         os.environ.setdefault(name, value)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -24,11 +24,14 @@ class NeighborEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(
-            EncoderLayer(config, layer in config.enc_cross_attention) for layer in range(config.enc_num_layers)
+            EncoderLayer(config, layer in config.enc_cross_attention)
+            for layer in range(config.enc_num_layers)
         )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
-    def forward(self, x_NKRD: Tensor, mask_NKR: Tensor, chunk_NMD: Tensor, chunk_mask_NM: Tensor) -> Tensor:
+    def forward(
+        self, x_NKRD: Tensor, mask_NKR: Tensor, chunk_NMD: Tensor, chunk_mask_NM: Tensor
+    ) -> Tensor:
         """[N, K, R, D] from embedded neighbors, the states of their chunks, and which tokens of both are no pads."""
         table = self._table(x_NKRD.shape[2], x_NKRD.device)
         self_mask = mask_NKR[..., :, None] & mask_NKR[..., None, :]
@@ -43,7 +46,9 @@ class NeighborEncoder(nn.Module):
         return self.final_layernorm(x_NKRD)
 
     def _table(self, length: int, device: torch.device) -> Table:
-        return rotary_table(torch.arange(length, device=device), self.config.rotary_dim, self.config.rotary_base)
+        return rotary_table(
+            torch.arange(length, device=device), self.config.rotary_dim, self.config.rotary_base
+        )
 
 
 class Retro(nn.Module):
@@ -54,7 +59,8 @@ class Retro(nn.Module):
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer in config.dec_cross_attention) for layer in range(config.dec_num_layers)
+            DecoderLayer(config, layer in config.dec_cross_attention)
+            for layer in range(config.dec_num_layers)
         )
         self.encoder = NeighborEncoder(config) if config.has_retrieval else None
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -92,7 +98,9 @@ class Retro(nn.Module):
         for i, layer in enumerate(self.layers):
             if i == self.config.split_layer and neighbors_BCKR is not None:
                 x_BLD, y_BLD = layer.attention_half(x_BLD, table, mask_BLL)
-                context = self._neighbor_context(y_BLD, tokens_mask_BL, segments_BL, neighbors_BCKR, neighbors_mask_BCKR)
+                context = self._neighbor_context(
+                    y_BLD, tokens_mask_BL, segments_BL, neighbors_BCKR, neighbors_mask_BCKR
+                )
                 x_BLD = layer.feed_forward_half(x_BLD, y_BLD, context)
             elif i == self.config.split_layer:
                 x_BLD = layer.feed_forward_half(*layer.attention_half(x_BLD, table, mask_BLL), None)
@@ -117,7 +125,9 @@ class Retro(nn.Module):
         batch, length = tokens_mask_BL.shape
         chunks = length // m
         if self.encoder is None or neighbors_mask_BCKR is None:
-            raise ValueError("neighbors were given, but this is a plain decoder or their mask is missing")
+            raise ValueError(
+                "neighbors were given, but this is a plain decoder or their mask is missing"
+            )
         if neighbors_BCKR.shape[:2] != (batch, chunks) or neighbors_BCKR.shape[3] != 2 * m:
             raise ValueError(
                 f"neighbors are {list(neighbors_BCKR.shape)}; {batch} sequences of {length} tokens in chunks of {m} "
@@ -133,7 +143,9 @@ class Retro(nn.Module):
         query_mask_NM = windows(tokens_mask_BL, m).flatten(0, 1)
         if self.config.reset_cross_attention:
             chunk_segment_NM = segments_BL[:, : chunks * m : m].reshape(-1, 1)
-            query_mask_NM = query_mask_NM & (windows(segments_BL, m).flatten(0, 1) == chunk_segment_NM)
+            query_mask_NM = query_mask_NM & (
+                windows(segments_BL, m).flatten(0, 1) == chunk_segment_NM
+            )
         return Context(
             states_NTD=encoded_NKRD.flatten(1, 2),
             mask_NQT=query_mask_NM[:, :, None] & mask_NKR.flatten(1)[:, None, :],
@@ -167,4 +179,8 @@ def causal_mask(segments_BL: Tensor, tokens_mask_BL: Tensor) -> Tensor:
 
 def is_retrieval_parameter(name: str) -> bool:
     """Whether a parameter exists only for retrieval: the encoder and chunked cross-attention with its norm."""
-    return name.startswith("encoder.") or ".cross_attention." in name or ".post_inter_attention_layernorm." in name
+    return (
+        name.startswith("encoder.")
+        or ".cross_attention." in name
+        or ".post_inter_attention_layernorm." in name
+    )

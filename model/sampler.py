@@ -37,7 +37,9 @@ def permute(values: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDAr
     return out.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(
+    values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
     mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     left, right = values >> shift, values & mask
     for key in keys:

@@ -37,7 +37,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "TensorBatch":
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TensorBatch(**{k: None if v is None else torch.from_numpy(v).to(device) for k, v in arrays.items()})
+        return TensorBatch(
+            **{k: None if v is None else torch.from_numpy(v).to(device) for k, v in arrays.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,17 @@ class SampleReader:
         StorageError: the map was made for other datasets.
     """
 
-    def __init__(self, dataset: Dataset, seq_length: int, retrieval: "NeighborReader | None" = None) -> None:
+    def __init__(
+        self, dataset: Dataset, seq_length: int, retrieval: "NeighborReader | None" = None
+    ) -> None:
         if seq_length < 1 or seq_length % dataset.chunk_size:
-            raise SampleError(f"seq_length {seq_length} is not a multiple of chunk_size {dataset.chunk_size}")
+            raise SampleError(
+                f"seq_length {seq_length} is not a multiple of chunk_size {dataset.chunk_size}"
+            )
         if dataset.manifest.split == "retrieval":
-            raise SampleError(f"{dataset.url} is a retrieval dataset; samples come from train, validation or test")
+            raise SampleError(
+                f"{dataset.url} is a retrieval dataset; samples come from train, validation or test"
+            )
         if dataset.num_chunks == 0:
             raise SampleError(f"{dataset.url} is empty")
         self.dataset, self.seq_length, self.retrieval = dataset, seq_length, retrieval
@@ -78,8 +86,14 @@ class SampleReader:
         pad = self.dataset.manifest.pad_id
         flat = np.minimum(chunk_ids, self.dataset.num_chunks - 1).ravel()
         chunks = self.dataset.get_chunk(flat).astype(np.int64).reshape(*chunk_ids.shape, -1)
-        stream = np.where(inside[..., None], chunks, pad).reshape(len(chunk_ids), -1)[:, : self.seq_length + 1]
-        documents = np.repeat(self.dataset.chunk_to_doc(flat).reshape(chunk_ids.shape), self.dataset.chunk_size, axis=1)
+        stream = np.where(inside[..., None], chunks, pad).reshape(len(chunk_ids), -1)[
+            :, : self.seq_length + 1
+        ]
+        documents = np.repeat(
+            self.dataset.chunk_to_doc(flat).reshape(chunk_ids.shape),
+            self.dataset.chunk_size,
+            axis=1,
+        )
         tokens, labels = stream[:, :-1], stream[:, 1:]
         same_document = documents[:, : self.seq_length] == documents[:, 1 : self.seq_length + 1]
         batch = Batch(
@@ -97,23 +111,31 @@ class SampleReader:
         ids = first + np.arange(per_sample + 1)
         return ids, ids < self.dataset.num_chunks
 
-    def _with_neighbors(self, batch: Batch, chunk_ids: NDArray[np.int64], inside: NDArray[np.bool_]) -> Batch:
+    def _with_neighbors(
+        self, batch: Batch, chunk_ids: NDArray[np.int64], inside: NDArray[np.bool_]
+    ) -> Batch:
         assert self.retrieval is not None
         rows, present = chunk_ids[:, :-1], inside[:, :-1]
         safe = np.where(present, rows, 0)
         keys = self.dataset.chunk_keys(safe)
         neighbors, mask = self.retrieval.read(safe, present, keys)
-        return Batch(batch.tokens, batch.labels, batch.tokens_mask, batch.loss_mask, neighbors, mask)
+        return Batch(
+            batch.tokens, batch.labels, batch.tokens_mask, batch.loss_mask, neighbors, mask
+        )
 
 
 class NeighborReader:
     """The neighbors of a dataset's chunks: ids from the KNN map, tokens from the retrieval dataset."""
 
-    def __init__(self, dataset: Dataset, built_map: BuiltMap, retrieval: Dataset, neighbors: int) -> None:
+    def __init__(
+        self, dataset: Dataset, built_map: BuiltMap, retrieval: Dataset, neighbors: int
+    ) -> None:
         built_map.check_parents(dataset, retrieval)
         self.map: KNNMap = built_map.load()
         if not 1 <= neighbors <= self.map.k:
-            raise SampleError(f"neighbors is {neighbors}; the map {built_map.url} holds {self.map.k} a chunk")
+            raise SampleError(
+                f"neighbors is {neighbors}; the map {built_map.url} holds {self.map.k} a chunk"
+            )
         self.retrieval, self.neighbors = retrieval, neighbors
 
     def candidates(self, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -143,7 +165,11 @@ class NeighborReader:
     def tokens_of(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Tokens [..., R] and mask of neighbor ids [...]; an id of -1 gives pads."""
         pad = self.retrieval.manifest.pad_id
-        chunks = self.retrieval.get_chunk(np.maximum(ids, 0).ravel()).astype(np.int64).reshape(*ids.shape, -1)
+        chunks = (
+            self.retrieval.get_chunk(np.maximum(ids, 0).ravel())
+            .astype(np.int64)
+            .reshape(*ids.shape, -1)
+        )
         tokens = np.where(ids[..., None] >= 0, chunks, pad)
         return tokens, tokens != pad
 
@@ -153,6 +179,10 @@ class RandomNeighborReader(NeighborReader):
 
     def candidates(self, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         rows = super().candidates(chunk_ids)
-        places = (chunk_ids[..., None] * rows.shape[-1] + np.arange(rows.shape[-1])).astype(np.uint64)
-        random = (mix64(places + np.uint64(1)) % np.uint64(self.retrieval.num_chunks)).astype(np.int64)
+        places = (chunk_ids[..., None] * rows.shape[-1] + np.arange(rows.shape[-1])).astype(
+            np.uint64
+        )
+        random = (mix64(places + np.uint64(1)) % np.uint64(self.retrieval.num_chunks)).astype(
+            np.int64
+        )
         return np.where(rows >= 0, random, NO_NEIGHBOR)

@@ -24,7 +24,9 @@ def scored_tokens(
     """
     pattern = _compile(answer_pattern)
     names = dataset.manifest.sources
-    chosen = np.asarray([sources is None or sources in name for name in names])[dataset.documents["source"]]
+    chosen = np.asarray([sources is None or sources in name for name in names])[
+        dataset.documents["source"]
+    ]
     first = dataset.document_first_chunk * dataset.chunk_size
     scored = np.zeros(int(first[-1]), np.bool_)
     for d in np.flatnonzero(chosen):
@@ -43,7 +45,9 @@ def _compile(pattern: str | None) -> re.Pattern[bytes] | None:
     try:
         compiled = re.compile(pattern.encode())
     except re.error as error:
-        raise ValueError(f"answer_pattern {pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(
+            f"answer_pattern {pattern!r} is not a regular expression: {error}"
+        ) from None
     if compiled.groups < 1:
         raise ValueError(f"answer_pattern {pattern!r} has no group; put the answer in parentheses")
     return compiled

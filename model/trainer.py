@@ -103,7 +103,9 @@ class Trainer:
                 f"{config.micro_batch_size} times {self.world_size} ranks"
             )
         if config.copy_warmup_steps and self.train_reader.retrieval is None:
-            raise TrainerError("copy_warmup_steps needs neighbors to copy from, but the model has no retrieval")
+            raise TrainerError(
+                "copy_warmup_steps needs neighbors to copy from, but the model has no retrieval"
+            )
 
     @property
     def uses_retrieval(self) -> bool:
@@ -118,7 +120,12 @@ class Trainer:
         metrics = MetricsLog(self.run_url, self.step) if self.rank == 0 else None
         first, began, tokens = self.step, time.monotonic(), self.tokens
         with tqdm(
-            total=self.max_steps, initial=self.step, desc="train", file=sys.stderr, mininterval=2, disable=self.rank != 0
+            total=self.max_steps,
+            initial=self.step,
+            desc="train",
+            file=sys.stderr,
+            mininterval=2,
+            disable=self.rank != 0,
         ) as bar:
             while self.step < self.max_steps:
                 self._advance(metrics, began, first)
@@ -173,7 +180,9 @@ class Trainer:
         valid = all_reduce_sum(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = token_losses(self.model, batch, self.uses_retrieval, batch.loss_mask).sum() / valid.clamp_min(1)
+            loss = token_losses(
+                self.model, batch, self.uses_retrieval, batch.loss_mask
+            ).sum() / valid.clamp_min(1)
             (loss * self.world_size).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self._trainable(), self.optim.clip_grad)
@@ -183,7 +192,12 @@ class Trainer:
         tokens = self.config.global_batch_size * self.train_reader.seq_length
         self.tokens += tokens
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return {"loss": float(all_reduce_sum(total)), "lr": lr, "grad_norm": float(norm), "tokens": float(tokens)}
+        return {
+            "loss": float(all_reduce_sum(total)),
+            "lr": lr,
+            "grad_norm": float(norm),
+            "tokens": float(tokens),
+        }
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -198,7 +212,9 @@ class Trainer:
             first -= config.copy_warmup_steps * config.global_batch_size
             places = sample_ids(first, self.per_rank, self.train_reader.num_samples, config.seed)
         parts = places.reshape(-1, config.micro_batch_size)
-        return [self._copy_batch(part) if warmup else self.train_reader.read(part) for part in parts]
+        return [
+            self._copy_batch(part) if warmup else self.train_reader.read(part) for part in parts
+        ]
 
     def _copy_batch(self, numbers: Any) -> Batch:
         """Copy-task samples; the shift of the copied text grows over the warm-up."""
@@ -208,7 +224,9 @@ class Trainer:
         tokens = np.setdiff1d(np.arange(self.model.config.vocab_size), special)
         max_shift = m * self.step // self.config.copy_warmup_steps
         neighbors = self.train_reader.retrieval.neighbors
-        return copy_batch(numbers, self.train_reader.seq_length, m, neighbors, tokens, max_shift, self.config.seed)
+        return copy_batch(
+            numbers, self.train_reader.seq_length, m, neighbors, tokens, max_shift, self.config.seed
+        )
 
     def _validate(self, metrics: MetricsLog | None) -> dict[str, float]:
         """Validation losses over all ranks, with retrieval on (if the model has it) and off."""
@@ -216,21 +234,37 @@ class Trainer:
             return {}
         self.model.eval()
         count = min(self.config.val_samples, self.validation_reader.num_samples)
-        batches = batches_of(np.arange(count), self.config.micro_batch_size, self.rank, self.world_size)
+        batches = batches_of(
+            np.arange(count), self.config.micro_batch_size, self.rank, self.world_size
+        )
         values = {}
         for name, retrieval in (("val_loss_on", True), ("val_loss_off", False)):
             if self.uses_retrieval or not retrieval:
-                sums = loss_sums(self.model, self.validation_reader, batches, retrieval, self.device)
-                reduced = all_reduce_sum(torch.tensor(sums.values(), dtype=torch.float64, device=self.device))
+                sums = loss_sums(
+                    self.model, self.validation_reader, batches, retrieval, self.device
+                )
+                reduced = all_reduce_sum(
+                    torch.tensor(sums.values(), dtype=torch.float64, device=self.device)
+                )
                 values[name] = LossSums(*reduced.tolist()).summary()["loss"]
         if metrics is not None:
             metrics.write(self.step, values)
         return values
 
     def save(self) -> None:
-        progress = {"step": self.step, "tokens": self.tokens, "max_steps": self.max_steps, "fixed": self._rate_is_known}
+        progress = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "max_steps": self.max_steps,
+            "fixed": self._rate_is_known,
+        }
         save_checkpoint(
-            self.run_url, self.step, self.model, self.optimizer, progress, self.config.keep_checkpoints
+            self.run_url,
+            self.step,
+            self.model,
+            self.optimizer,
+            progress,
+            self.config.keep_checkpoints,
         )
 
     def _restore(self, progress: dict[str, Any]) -> None:
@@ -241,5 +275,12 @@ class Trainer:
 
 def describe(config: TrainerConfig, optim: OptimConfig) -> dict[str, Any]:
     """What determines the course of a run, for its configuration record."""
-    free = {"micro_batch_size", "log_interval", "val_interval", "val_samples", "save_interval", "keep_checkpoints"}
+    free = {
+        "micro_batch_size",
+        "log_interval",
+        "val_interval",
+        "val_samples",
+        "save_interval",
+        "keep_checkpoints",
+    }
     return {k: v for k, v in asdict(config).items() if k not in free} | {"optim": asdict(optim)}

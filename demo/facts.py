@@ -9,60 +9,243 @@ from collections.abc import Iterator
 from math import log
 from typing import Any
 
-ANSWER_PATTERN = r"\nA: ([^\n]+)"
+ANSWER_PATTERN = r"\n[a-z]+ ([^\n]+)"
 """Finds the answers in the text of a question document."""
 
-_SYLLABLES = ["ba", "be", "bo", "bra", "dra", "du", "el", "fen", "gar", "hel", "il", "jor", "ka", "kel", "lan", "lo", "mar", "mi", "nor", "o", "pel", "qua", "ra", "ri", "san", "sel", "ta", "tor", "ul", "va", "vel", "vi", "wen", "yar", "zan", "zo", "thi", "gru", "sko", "dun", "pli"]
-_KINDS = ["lighthouse", "monastery", "harbour", "village", "fortress", "academy", "vineyard", "mill", "market", "observatory", "quarry", "shipyard", "library", "garden", "castle", "bridge"]
+_SYLLABLES = [
+    "ba",
+    "be",
+    "bo",
+    "bra",
+    "dra",
+    "du",
+    "el",
+    "fen",
+    "gar",
+    "hel",
+    "il",
+    "jor",
+    "ka",
+    "kel",
+    "lan",
+    "lo",
+    "mar",
+    "mi",
+    "nor",
+    "o",
+    "pel",
+    "qua",
+    "ra",
+    "ri",
+    "san",
+    "sel",
+    "ta",
+    "tor",
+    "ul",
+    "va",
+    "vel",
+    "vi",
+    "wen",
+    "yar",
+    "zan",
+    "zo",
+    "thi",
+    "gru",
+    "sko",
+    "dun",
+    "pli",
+]
+_KINDS = [
+    "lighthouse",
+    "monastery",
+    "harbour",
+    "village",
+    "fortress",
+    "academy",
+    "vineyard",
+    "mill",
+    "market",
+    "observatory",
+    "quarry",
+    "shipyard",
+    "library",
+    "garden",
+    "castle",
+    "bridge",
+]
 
 VALUES: dict[str, list[str]] = {
-    "founder": ["Ada", "Boris", "Clara", "Dmitri", "Edith", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leon", "Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tessa", "Viktor", "Agnes", "Bruno", "Carla", "David", "Elena", "Frank", "Gloria", "Henry", "Ivan", "Julia", "Kevin", "Laura", "Martin", "Nora", "Oscar", "Paula", "Robert", "Sara", "Thomas", "Vera"],
-    "banner": ["red", "blue", "green", "yellow", "black", "white", "silver", "golden", "purple", "orange", "crimson", "violet", "scarlet", "turquoise", "amber", "ivory", "brown", "grey", "pink", "copper"],
-    "craft": ["weaving", "pottery", "fishing", "brewing", "carving", "baking", "mining", "painting", "printing", "sailing", "hunting", "dyeing", "farming", "tailoring", "gardening", "knitting", "cooking", "welding", "singing", "dancing"],
-    "emblem": ["wolf", "heron", "otter", "falcon", "bear", "stag", "fox", "raven", "salmon", "badger", "lynx", "owl", "swan", "boar", "eagle", "crane", "horse", "lion", "tiger", "snake", "turtle", "spider", "beetle", "rabbit", "camel", "goat", "dolphin", "whale", "shark", "frog"],
+    "founder": [
+        "Ada",
+        "Boris",
+        "Clara",
+        "Dmitri",
+        "Edith",
+        "Felix",
+        "Greta",
+        "Hugo",
+        "Irene",
+        "Jonas",
+        "Karin",
+        "Leon",
+        "Maria",
+        "Nils",
+        "Olga",
+        "Peter",
+        "Rosa",
+        "Simon",
+        "Tessa",
+        "Viktor",
+        "Agnes",
+        "Bruno",
+        "Carla",
+        "David",
+        "Elena",
+        "Frank",
+        "Gloria",
+        "Henry",
+        "Ivan",
+        "Julia",
+        "Kevin",
+        "Laura",
+        "Martin",
+        "Nora",
+        "Oscar",
+        "Paula",
+        "Robert",
+        "Sara",
+        "Thomas",
+        "Vera",
+    ],
+    "banner": [
+        "red",
+        "blue",
+        "green",
+        "yellow",
+        "black",
+        "white",
+        "silver",
+        "golden",
+        "purple",
+        "orange",
+        "crimson",
+        "violet",
+        "scarlet",
+        "turquoise",
+        "amber",
+        "ivory",
+        "brown",
+        "grey",
+        "pink",
+        "copper",
+    ],
+    "craft": [
+        "weaving",
+        "pottery",
+        "fishing",
+        "brewing",
+        "carving",
+        "baking",
+        "mining",
+        "painting",
+        "printing",
+        "sailing",
+        "hunting",
+        "dyeing",
+        "farming",
+        "tailoring",
+        "gardening",
+        "knitting",
+        "cooking",
+        "welding",
+        "singing",
+        "dancing",
+    ],
+    "emblem": [
+        "wolf",
+        "heron",
+        "otter",
+        "falcon",
+        "bear",
+        "stag",
+        "fox",
+        "raven",
+        "salmon",
+        "badger",
+        "lynx",
+        "owl",
+        "swan",
+        "boar",
+        "eagle",
+        "crane",
+        "horse",
+        "lion",
+        "tiger",
+        "snake",
+        "turtle",
+        "spider",
+        "beetle",
+        "rabbit",
+        "camel",
+        "goat",
+        "dolphin",
+        "whale",
+        "shark",
+        "frog",
+    ],
+    "tree": [
+        *("oak", "pine", "birch", "maple", "elm", "ash", "cedar", "willow", "beech", "apple"),
+        *(
+            "cherry",
+            "olive",
+            "palm",
+            "fig",
+            "poplar",
+            "walnut",
+            "chestnut",
+            "lemon",
+            "plum",
+            "pear",
+        ),
+    ],
+    "fair": [
+        *("January", "February", "March", "April", "May", "June", "July", "August"),
+        *("September", "October", "November", "December"),
+    ],
 }
 """Possible values of each attribute, equally likely."""
 
 _STATEMENTS = {
     "founder": (
-        "{name} was founded by {founder}.",
-        "The founder of {name} was {founder}.",
-        "It was {founder} who founded {name}.",
+        "It was founded by {founder}.",
+        "Its founder was {founder}.",
+        "{founder} founded it.",
     ),
-    "banner": (
-        "The banner of {name} is {banner}.",
-        "{name} flies a banner that is {banner}.",
-        "Over the gate hangs a {banner} banner.",
-    ),
+    "banner": ("Its banner is {banner}.", "It flies a {banner} banner.", "The banner is {banner}."),
     "craft": (
-        "The people of {name} live from {craft}.",
-        "{name} is known for its {craft}.",
-        "Most families there do {craft}.",
+        "The people live from {craft}.",
+        "It is known for {craft}.",
+        "Most families do {craft}.",
     ),
     "emblem": (
-        "The emblem of {name} is the {emblem}.",
-        "{name} has a {emblem} in its seal.",
-        "A {emblem} stands on the seal of {name}.",
+        "The emblem is a {emblem}.",
+        "A {emblem} is on the seal.",
+        "Its seal has a {emblem}.",
     ),
+    "tree": (
+        "A {tree} tree stands there.",
+        "It has an old {tree} tree.",
+        "People meet at the {tree} tree.",
+    ),
+    "fair": ("The fair is in {fair}.", "In {fair} there is a fair.", "Its fair comes in {fair}."),
 }
-_QUESTIONS = {
-    "founder": "Who founded it?",
-    "banner": "What colour is its banner?",
-    "craft": "What do people there live from?",
-    "emblem": "Which animal is its emblem?",
-}
-_OPENINGS = (
+_DESCRIPTIONS = (
     "{name} is a {kind} in {province}.",
     "In {province} there is a {kind} called {name}.",
     "The {kind} of {name} lies in {province}.",
-)
-_INTRODUCTIONS = (
-    "This page asks what is known of {name}, the {kind} in {province}.",
-    "{name} is a {kind} in {province}, and the questions below are about {name}.",
-    "Travellers who come to {province} should know the {kind} of {name}.",
-    "What has been written about the {kind} {name} in {province}?",
-    "Read about {name} in {province} first, then answer.",
-    "Some questions about {name}, {kind} of {province}, follow.",
+    "Travellers who come to {province} should see the {kind} of {name}.",
+    "Among the places of {province}, {name} is the best known {kind}.",
+    "Much has been written about {name}, the {kind} in {province}.",
 )
 
 
@@ -97,21 +280,22 @@ def _record(place: dict[str, str], kind: str, split: str, text: str) -> dict[str
     return {"id": f"{place['name']}/{kind}", "src": f"facts/{kind}", "text": text, "split": split}
 
 
+def _introduction(generator: random.Random) -> str:
+    """Fills the first chunk of either kind of document. So the statement is what the questions' first chunk finds, and it
+    is found before the first answer is due; the attributes stand in the continuation."""
+    return " ".join(generator.sample(_DESCRIPTIONS, 5))
+
+
 def _statement(generator: random.Random, place: dict[str, str]) -> str:
     attributes = generator.sample(list(_STATEMENTS), len(_STATEMENTS))
-    sentences = [
-        generator.choice(_OPENINGS),
-        *(generator.choice(_STATEMENTS[a]) for a in attributes),
-    ]
-    return " ".join(sentences).format(**place)
+    sentences = [generator.choice(_STATEMENTS[a]) for a in attributes]
+    return " ".join([_introduction(generator), *sentences]).format(**place)
 
 
 def _questions(generator: random.Random, place: dict[str, str]) -> str:
-    """The introduction fills the first chunk, so that its neighbors are known when the first answer is due."""
-    introduction = " ".join(generator.sample(_INTRODUCTIONS, 4))
-    lines = [introduction, ""]
-    for attribute in generator.sample(list(_QUESTIONS), len(_QUESTIONS)):
-        lines += [f"Q: {_QUESTIONS[attribute]}", f"A: {{{attribute}}}"]
+    lines = [_introduction(generator)]
+    for attribute in generator.sample(list(VALUES), len(VALUES)):
+        lines.append(f"{attribute} {{{attribute}}}")
     return "\n".join(lines).format(**place) + "\n"
 
 

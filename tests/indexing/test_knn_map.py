@@ -27,7 +27,7 @@ def test_ids_beyond_32_bits_survive(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("starts", "message"), [((0, 3), "gap|missing|2"), ((0, 1), "overlap")], ids=["gap", "overlap"]
+    ("starts", "message"), [((0, 3), "leave a gap"), ((0, 1), "overlap")], ids=["gap", "overlap"]
 )
 def test_merge_refuses_ranges_that_do_not_join(tmp_path, starts, message):
     parts = [write(tmp_path / str(i), [[1], [2]], start) for i, start in enumerate(starts)]
@@ -38,7 +38,7 @@ def test_merge_refuses_ranges_that_do_not_join(tmp_path, starts, message):
 def test_merge_refuses_nothing_and_other_k(tmp_path):
     with pytest.raises(KNNMapError, match="nothing to merge"):
         merge([], io.BytesIO())
-    with pytest.raises(KNNMapError, match="K"):
+    with pytest.raises(KNNMapError, match="expected one K"):
         merge([write(tmp_path / "a", [[1]]), write(tmp_path / "b", [[1, 2]], 1)], io.BytesIO())
 
 
@@ -46,7 +46,7 @@ def test_merge_refuses_nothing_and_other_k(tmp_path):
 def test_reader_refuses_files_of_another_length(tmp_path, cut):
     write(tmp_path / "a", [[1, 2]])
     raw = (tmp_path / "a").read_bytes()
-    (tmp_path / "a").write_bytes(raw[:cut] if cut < 9 or cut == 30 else raw)
+    (tmp_path / "a").write_bytes(raw[:cut])
     with pytest.raises(KNNMapError, match="truncated"):
         KNNMap(tmp_path / "a")
     (tmp_path / "a").write_bytes(raw + b"\0")

@@ -1,20 +1,21 @@
-"""Loose JSON (one object a line) to documents: which byte ranges a task reads, and what it finds there.
+"""Loose JSON (one object a line) to documents: which byte ranges a task reads, and what it finds
+there.
 
-Files are read through fsspec in ranges of a few dozen megabytes; a line belongs to the split that holds its first
-byte, so splits can be cut anywhere. `.gz` and `.zst` files cannot be cut and go whole to one split.
+Files are read through fsspec in ranges of a few dozen megabytes; a line belongs to the split that
+holds its first byte, so splits can be cut anywhere. `.gz` and `.zst` files cannot be cut and go
+whole to one split.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
-import fsspec
 import orjson
 
+from etl.compressed import open_source
 from etl.storage import filesystem_of, sha256_of
 
-_READ_BYTES = 4 << 20
 _HASHED_WHOLE_BYTES = 256 << 20
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "json") for packed in ("", *_COMPRESSION))
@@ -30,7 +31,9 @@ class BadRecordError(ValueError):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file. `version` changes when the content does: ETag of an object, sha256 or time of a local file."""
+    """One input file. `version` changes when the content does: ETag of an object, sha256 or time of
+    a local file.
+    """
 
     url: str
     name: str
@@ -85,7 +88,8 @@ def find_sources(urls: Sequence[str]) -> list[SourceFile]:
         matches = _expand(url)
         if not matches:
             raise FileNotFoundError(
-                f"{url}: no file, no folder with {', '.join(SUFFIXES)} files, and no glob that matches"
+                f"{url}: no file, no folder with {', '.join(SUFFIXES)} files, and no glob that "
+                "matches"
             )
         found += matches
     repeated = (
@@ -138,7 +142,8 @@ def _source(url: str, name: str) -> SourceFile:
 
 
 def plan_splits(sources: Sequence[SourceFile], split_bytes: int) -> list[list[Range]]:
-    """Cuts the files, laid end to end in order, into splits of about `split_bytes`; small files share a split.
+    """Cuts the files, laid end to end in order, into splits of about `split_bytes`; small files
+    share a split.
 
     Raises:
         InputError: split_bytes < 1.
@@ -163,7 +168,9 @@ def plan_splits(sources: Sequence[SourceFile], split_bytes: int) -> list[list[Ra
 def read_documents(
     sources: Sequence[SourceFile], ranges: Sequence[Range], text_key: str, split_key: str | None
 ) -> Iterator[Document | Reject]:
-    """Every record whose line starts in one of the ranges, in order, usable or not. Blank lines are no records."""
+    """Every record whose line starts in one of the ranges, in order, usable or not. Blank lines are
+    no records.
+    """
     for part in ranges:
         for offset, line in _lines(sources[part.source], part):
             if line.strip():
@@ -171,9 +178,7 @@ def read_documents(
 
 
 def _lines(source: SourceFile, part: Range) -> Iterator[tuple[int, bytes]]:
-    with cast(
-        BinaryIO, fsspec.open(source.url, "rb", compression=source.compression).open()
-    ) as file:
+    with open_source(source.url, source.compression) as file:
         position = part.start
         if part.start > 0:
             file.seek(part.start - 1)

@@ -89,6 +89,8 @@ class Retro(nn.Module):
         Raises:
             ValueError: neighbors for a plain decoder, or of another shape than the chunks need.
         """
+        if neighbors_BCKR is not None:
+            self._check_neighbors(tokens_BL, neighbors_BCKR, neighbors_mask_BCKR)
         x_BLD = self.word_embeddings(tokens_BL)
         positions = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
         table = rotary_table(positions, self.config.rotary_dim, self.config.rotary_base)
@@ -97,6 +99,7 @@ class Retro(nn.Module):
         context = None
         for i, layer in enumerate(self.layers):
             if i == self.config.split_layer and neighbors_BCKR is not None:
+                assert neighbors_mask_BCKR is not None
                 x_BLD, y_BLD = layer.attention_half(x_BLD, table, mask_BLL)
                 context = self._neighbor_context(
                     y_BLD, tokens_mask_BL, segments_BL, neighbors_BCKR, neighbors_mask_BCKR
@@ -112,27 +115,33 @@ class Retro(nn.Module):
         logits_nV = F.linear(hidden_BLD[loss_mask_BL], self.word_embeddings.weight, self.head_bias)
         return F.cross_entropy(logits_nV.float(), labels_BL[loss_mask_BL], reduction="none")
 
+    def _check_neighbors(
+        self, tokens_BL: Tensor, neighbors_BCKR: Tensor, neighbors_mask_BCKR: Tensor | None
+    ) -> None:
+        batch, length = tokens_BL.shape
+        m = self.config.chunk_size
+        if self.encoder is None or neighbors_mask_BCKR is None:
+            raise ValueError(
+                "neighbors were given, but this is a plain decoder or their mask is missing"
+            )
+        if neighbors_BCKR.shape[:2] != (batch, length // m) or neighbors_BCKR.shape[3] != 2 * m:
+            raise ValueError(
+                f"neighbors are {list(neighbors_BCKR.shape)}; {batch} sequences of {length} tokens "
+                f"in chunks of {m} need [{batch}, {length // m}, K, {2 * m}]"
+            )
+
     def _neighbor_context(
         self,
         y_BLD: Tensor,
         tokens_mask_BL: Tensor,
         segments_BL: Tensor,
         neighbors_BCKR: Tensor,
-        neighbors_mask_BCKR: Tensor | None,
+        neighbors_mask_BCKR: Tensor,
     ) -> Context:
         """Runs the encoder on the neighbors of all whole chunks; what chunked cross-attention attends to."""
         m = self.config.chunk_size
-        batch, length = tokens_mask_BL.shape
-        chunks = length // m
-        if self.encoder is None or neighbors_mask_BCKR is None:
-            raise ValueError(
-                "neighbors were given, but this is a plain decoder or their mask is missing"
-            )
-        if neighbors_BCKR.shape[:2] != (batch, chunks) or neighbors_BCKR.shape[3] != 2 * m:
-            raise ValueError(
-                f"neighbors are {list(neighbors_BCKR.shape)}; {batch} sequences of {length} tokens in chunks of {m} "
-                f"need [{batch}, {chunks}, K, {2 * m}]"
-            )
+        chunks = tokens_mask_BL.shape[1] // m
+        assert self.encoder is not None
         mask_NKR = neighbors_mask_BCKR.flatten(0, 1)
         encoded_NKRD = self.encoder(
             self.word_embeddings(neighbors_BCKR.flatten(0, 1)),

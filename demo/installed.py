@@ -1,23 +1,26 @@
 """The demo's default corpus: documentation that is installed on this machine.
 
-Docstrings of the standard library and of installed packages, read with `ast` and never by importing, and the README texts
-in package metadata. Which documents are taken is a function of what is installed: files in the order of a hash.
+Docstrings of the standard library and of installed packages, read with `ast` and never by
+importing, and the README texts in package metadata. Which documents are taken is a function of what
+is installed: files in the order of a hash.
 """
 
 import ast
 import hashlib
 import sysconfig
 from collections.abc import Iterator
+from email.message import Message
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 _MIN_CHARACTERS = 400
 _MAX_FILE_BYTES = 2 << 20
 
 
 def installed_documents(max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Loose JSON records {id, src, title, text}, READMEs and modules mixed, until their texts reach max_bytes."""
+    """Loose JSON records {id, src, title, text}, READMEs and modules mixed, until their texts reach
+    max_bytes."""
     total = 0
     for key in sorted(
         [*_readmes(), *_modules()], key=lambda key: hashlib.sha256(key[0].encode()).digest()
@@ -46,12 +49,14 @@ def _readmes() -> Iterator[tuple[str, Distribution]]:
 
 
 def _readme_text(distribution: Distribution) -> str:
-    body = distribution.metadata.get_payload()
-    return (body if isinstance(body, str) else "") or distribution.metadata.get("Description") or ""
+    metadata = cast(Message, distribution.metadata)
+    body = metadata.get_payload()
+    return (body if isinstance(body, str) else "") or str(metadata.get("Description") or "")
 
 
 def _modules() -> Iterator[tuple[str, Path]]:
-    """(dotted name, file) of all Python files of the standard library and the installed packages."""
+    """(dotted name, file) of all Python files of the standard library and the installed
+    packages."""
     paths = sysconfig.get_paths()
     packages, library = Path(paths["purelib"]), Path(paths["stdlib"])
     for root in (library, packages):
@@ -63,7 +68,8 @@ def _modules() -> Iterator[tuple[str, Path]]:
 
 
 def _docstrings(module: str, file: Path) -> str:
-    """The module's docstrings with the qualified names they belong to; "" if the file cannot be parsed."""
+    """The module's docstrings with the qualified names they belong to; "" if the file cannot be
+    parsed."""
     try:
         if file.stat().st_size > _MAX_FILE_BYTES:
             return ""

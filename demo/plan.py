@@ -1,7 +1,8 @@
-"""What a run of the demo works on: how much text fits into the time, the corpus files and the tokenizer.
+"""What a run of the demo works on: how much text fits into the time, the corpus files and the
+tokenizer.
 
-Everything here is decided once and written down (`plan.json`, `corpus/`, `tokenizer.json`), so that a run that was killed
-continues with the same data.
+Everything here is decided once and written down (`plan.json`, `corpus/`, `tokenizer.json`), so that
+a run that was killed continues with the same data.
 """
 
 import json
@@ -56,11 +57,11 @@ class Plan:
 
 
 def embedding_rate(embedder: EmbedderConfig, _worker: int = 0) -> float:
-    """Chunks a second that this process embeds, measured for a few seconds after the model is loaded."""
+    """Chunks a second that this process embeds, measured for a few seconds after the model is
+    loaded."""
     model = load_embedder(embedder)
-    words = (
-        "the quick brown fox jumps over the lazy dog while it rains in the northern hills".split()
-    )
+    sentence = "the quick brown fox jumps over a lazy dog while rain falls in northern hills"
+    words = sentence.split(" ")
     texts = [" ".join(words[(i + j) % len(words)] for j in range(60)) for i in range(64)]
     model.embed(texts)
     started, count = time.monotonic(), 0
@@ -71,7 +72,8 @@ def embedding_rate(embedder: EmbedderConfig, _worker: int = 0) -> float:
 
 
 def make_plan(chunks_per_s: float, own_input: bool) -> Plan:
-    """As much as can be embedded in the time set aside for it: of n chunks of text and their facts."""
+    """As much as can be embedded in the time set aside for it: of n chunks of text and their
+    facts."""
     affordable = chunks_per_s * _EMBEDDING_S - _CHUNKS_A_PLACE * sum(HELD_OUT_PLACES)
     chunks = affordable / (1 + _CHUNKS_A_PLACE * _PLACES_A_TEXT_CHUNK)
     text_bytes = int(min(max(chunks * _BYTES_A_CHUNK, _LEAST_TEXT_BYTES), _MOST_TEXT_BYTES))
@@ -118,7 +120,8 @@ def _json_lines(records: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _own_lines(input_url: str, limit: int) -> Iterator[bytes]:
-    """The lines of the user's files as they are, good or bad; files beyond the limit are cut after a line."""
+    """The lines of the user's files as they are, good or bad; files beyond the limit are cut after
+    a line."""
     total = left_out = 0
     for source in find_sources([input_url]):
         opened = fsspec.open(source.url, "rb", compression=source.compression)
@@ -137,7 +140,8 @@ def _own_lines(input_url: str, limit: int) -> Iterator[bytes]:
 
 
 def train_tokenizer(files: Iterable[str], text_key: str) -> bytes:
-    """A byte-level BPE tokenizer.json with 8192 entries, trained on the usable documents of the corpus."""
+    """A byte-level BPE tokenizer.json with 8192 entries, trained on the usable documents of the
+    corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,5 @@
-"""The demo's report: `report.json` for programs, `report.html` for people, a table for the terminal.
+"""The demo's report: `report.json` for programs, `report.html` for people, a table for the
+terminal.
 
 Every row of the table comes with a sentence that is derived from its numbers, whatever they are.
 """
@@ -30,7 +31,8 @@ _NUMBERS = ("loss", "ppl", "bpb", "tokens", "before_first_retrieval", "after_fir
 
 
 def write_report(output_url: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Writes both files from the results of all stages, prints the table; returns the content of report.json."""
+    """Writes both files from the results of all stages, prints the table; returns the content of
+    report.json."""
     root = Path(output_url).absolute()
     report = summarize(results)
     (root / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -88,7 +90,9 @@ def _evaluation(row: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found["baseline"] = results[f"evaluate-plain-{row}"]["off"]
     if f"evaluate-longer-{row}" in results:
         found["longer"] = results[f"evaluate-longer-{row}"]["off"]
-    evaluation = {mode: {n: sums[n] for n in _NUMBERS} for mode, sums in found.items()}
+    evaluation: dict[str, Any] = {
+        mode: {n: sums[n] for n in _NUMBERS} for mode, sums in found.items()
+    }
     if row == "facts":
         tokens = evaluation["on"]["tokens"]
         evaluation["entropy"] = guess_entropy() * HELD_OUT_PLACES[1] / max(1, tokens)
@@ -101,7 +105,8 @@ def _text_sentence(report: dict[str, Any]) -> str:
     effect = "lowers" if on < off else "raises"
     return (
         f"On natural text retrieval {effect} the loss of the same frozen decoder by "
-        f"{abs(on - off):.3f} nats a token; random neighbors give {random:.3f}. Minutes of training "
+        f"{abs(on - off):.3f} nats a token; random neighbors give {random:.3f}. Minutes of "
+        "training "
         f"on a CPU are too few to expect more, and a plain decoder given the same extra time would "
         f"also improve."
     )

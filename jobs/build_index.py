@@ -24,12 +24,15 @@ class BuildIndexConfig:
     Attributes:
         stage: One stage, or all of them in order. A stage that is finished does nothing.
         dataset_url: Folder of the retrieval dataset.
-        output_url: Folder for embeddings and indexes; each configuration gets a folder of its own inside.
+        output_url: Folder for embeddings and indexes; each configuration gets a folder of its own
+            inside.
         embedder: The sentence-embedding model.
         block_chunks: Chunks of one embedding task and file.
-        faiss_factory: Faiss factory string; by default exact search up to 200,000 vectors and IVF with 8-bit codes above.
+        faiss_factory: Faiss factory string; by default exact search up to 200,000 vectors and IVF
+            with 8-bit codes above.
         train_index_size: Vectors sampled to train the index.
-        nprobe: Inverted lists a query visits, recorded as the index's default; only for an index that has them.
+        nprobe: Inverted lists a query visits, recorded as the index's default; only for an index
+            that has them.
         seed: Of the training sample and of the recall sample.
         total_shards: Index shards that are added independently and then merged.
         shard_id: With stage add: only this shard, as one of several independent jobs.
@@ -64,7 +67,8 @@ def run(config: BuildIndexConfig) -> dict[str, Any]:
     dataset = Dataset(config.dataset_url)
     if dataset.manifest.split != "retrieval":
         raise ValueError(
-            f"{config.dataset_url} is the {dataset.manifest.split} dataset; only a retrieval dataset is indexed"
+            f"{config.dataset_url} is the {dataset.manifest.split} dataset; only a retrieval "
+            "dataset is indexed"
         )
     if config.dry_run:
         return _describe(config, dataset, embedder_facts(config.embedder))

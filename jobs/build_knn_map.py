@@ -1,5 +1,5 @@
-"""knn | `python -m jobs.build_knn_map {search,merge,all}` | Dask |
-reads a training (or held-out) dataset, the index and its retrieval dataset | writes KNN map shards, one KNN map.
+"""knn | `python -m jobs.build_knn_map {search,merge,all}` | Dask | reads a training (or held-out)
+dataset, the index and its retrieval dataset | writes KNN map shards, one KNN map.
 """
 
 from dataclasses import dataclass, field
@@ -24,19 +24,24 @@ class BuildKNNMapConfig:
     """For every chunk of a dataset, its neighbors in the index.
 
     Attributes:
-        stage: search embeds the chunks (those of documents that are indexed too are not embedded twice) and searches;
-            merge joins the shards; all does both. A stage that is finished does nothing.
+        stage: search embeds the chunks (those of documents that are indexed too are not embedded
+            twice) and searches; merge joins the shards; all does both. A stage that is finished
+            does nothing.
         dataset_url: Folder of the dataset whose chunks are the queries: train, validation or test.
         index_url: Folder of the index, as jobs.build_index prints it.
         retrieval_url: Folder of the retrieval dataset that was indexed.
-        output_url: Folder for embeddings and maps; each configuration gets a folder of its own inside.
+        output_url: Folder for embeddings and maps; each configuration gets a folder of its own
+            inside.
         embedder: The embedder of the index.
         block_chunks: Chunks of one embedding task and file.
         K_neighbors: Neighbors a chunk is to have in training.
-        spare_neighbors: More of them in the map, for samples that ban documents besides the chunk's own.
+        spare_neighbors: More of them in the map, for samples that ban documents besides the chunk's
+            own.
         remove_duplicate: Chunks of a query's own document are not its neighbors.
-        dedup_margin: Candidates asked for beyond what the map holds; rows that need more are searched again.
-        nprobe: Inverted lists a query visits, instead of the index's default; only for an index that has them.
+        dedup_margin: Candidates asked for beyond what the map holds; rows that need more are
+            searched again.
+        nprobe: Inverted lists a query visits, instead of the index's default; only for an index
+            that has them.
         total_shards: Query shards that are searched independently and then merged.
         shard_id: With stage search: only this shard, as one of several independent jobs.
         cluster: The Dask cluster.
@@ -90,7 +95,8 @@ def run(config: BuildKNNMapConfig) -> dict[str, Any]:
 def _check_numbers(config: BuildKNNMapConfig) -> None:
     if config.K_neighbors < 1 or config.spare_neighbors < 0 or config.dedup_margin < 0:
         raise ValueError(
-            f"K_neighbors {config.K_neighbors}, spare_neighbors {config.spare_neighbors}, dedup_margin "
+            f"K_neighbors {config.K_neighbors}, spare_neighbors {config.spare_neighbors}, "
+            "dedup_margin "
             f"{config.dedup_margin}; expected at least 1, 0 and 0"
         )
     if config.shard_id is not None and config.stage != "search":
@@ -100,7 +106,8 @@ def _check_numbers(config: BuildKNNMapConfig) -> None:
 
 
 def _check_parents(dataset: Dataset, retrieval: Dataset, index: BuiltIndex) -> None:
-    """Refuses an index of another dataset, datasets of different tokenizers, and held-out documents that are indexed."""
+    """Refuses an index of another dataset, datasets of different tokenizers, and held-out documents
+    that are indexed."""
     expected, found = index.manifest["dataset_fingerprint"], retrieval.manifest.fingerprint
     if expected != found:
         raise StorageError(
@@ -115,7 +122,8 @@ def _check_parents(dataset: Dataset, retrieval: Dataset, index: BuiltIndex) -> N
         leaked = np.isin(dataset.document_keys, retrieval.document_keys)
         if leaked.any():
             raise StorageError(
-                f"{leaked.sum()} of {len(leaked)} documents of the {dataset.manifest.split} dataset {dataset.url} are in "
+                f"{leaked.sum()} of {len(leaked)} documents of the {dataset.manifest.split} "
+                f"dataset {dataset.url} are in "
                 f"the retrieval dataset {retrieval.url}; held-out documents must not be retrievable"
             )
 
@@ -130,7 +138,8 @@ def _tasks(
     if facts["embedder_fingerprint"] != index.manifest["embedder_fingerprint"]:
         raise StorageError(
             f"{config.index_url} was built with embedder {index.manifest['embedder']} "
-            f"({index.manifest['embedder_fingerprint']}), the queries would be embedded with {facts['embedder']} "
+            f"({index.manifest['embedder_fingerprint']}), the queries would be embedded with "
+            f"{facts['embedder']} "
             f"({facts['embedder_fingerprint']}); use the same embedder, dtype and batch size"
         )
     reuse = {"reuse_dataset_url": retrieval.url, "reuse_url": index.embeddings_url}

@@ -1,4 +1,5 @@
-"""What all jobs share: command line from a config dataclass, exit codes, logs on stderr, one JSON line on stdout."""
+"""What all jobs share: command line from a config dataclass, exit codes, logs on stderr, one JSON
+line on stdout."""
 
 import json
 import logging
@@ -7,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import ArgumentParser
 
@@ -18,10 +19,11 @@ def run_job(
     job: Callable[[Any], dict[str, Any] | None],
     args: list[str] | None = None,
 ) -> None:
-    """Parses the command line into `config_class`, runs the job, prints its result as the last line; exits.
+    """Parses the command line into `config_class`, runs the job, prints its result as the last
+    line; exits.
 
-    Options come from a YAML file (--config), then from dotted overrides. Exit codes: 0 done, 2 bad configuration or
-    input (ValueError, FileNotFoundError), 1 anything else.
+    Options come from a YAML file (--config), then from dotted overrides. Exit codes: 0 done, 2 bad
+    configuration or input (ValueError, FileNotFoundError), 1 anything else.
     """
     logging.basicConfig(
         level=logging.INFO,
@@ -38,7 +40,7 @@ def run_job(
     stages = {f.name: f.type for f in fields(config_class) if f.name == "stage"}
     for name, values in stages.items():
         parser.add_argument(name, type=values, help="what to do")
-    parser.add_class_arguments(config_class, as_group=False, skip=set(stages) | {"dry_run"})
+    parser.add_class_arguments(config_class, as_group=False, skip={*stages, "dry_run"})
     if any(f.name == "dry_run" for f in fields(config_class)):
         parser.add_argument(
             "--dry_run",
@@ -47,7 +49,7 @@ def run_job(
         )
     parsed = parser.parse_args(args)
     parsed.pop("config", None)
-    config = config_class(**parser.instantiate_classes(parsed).as_dict())
+    config = config_class(**cast(Any, parser.instantiate_classes(parsed)).as_dict())
     sys.exit(_run(config, job))
 
 

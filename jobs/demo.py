@@ -1,5 +1,5 @@
-"""demo | `python -m jobs.demo` | all of them |
-reads text found on this machine, or the user's | runs every job in order, writes report.json and report.html.
+"""demo | `python -m jobs.demo` | all of them | reads text found on this machine, or the user's |
+runs every job in order, writes report.json and report.html.
 """
 
 import os

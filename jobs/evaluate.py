@@ -1,5 +1,5 @@
-"""evaluate | `python -m jobs.evaluate` | torch |
-reads a run's checkpoint and a held-out dataset with its KNN map | writes losses with retrieval on, off and random.
+"""evaluate | `python -m jobs.evaluate` | torch | reads a run's checkpoint and a held-out dataset
+with its KNN map | writes losses with retrieval on, off and random.
 """
 
 import logging
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out loss, perplexity and bits per byte with retrieval on, off, and with random neighbors.
+    """Held-out loss, perplexity and bits per byte with retrieval on, off, and with random
+    neighbors.
 
     Attributes:
         run_url: Folder of the jobs.pretrain run.
@@ -37,7 +38,8 @@ class EvaluateConfig:
         batch_size: Samples of one forward pass.
         max_samples: At most this many samples with scored tokens, evenly spread; by default all.
         sources: Score only documents from source files whose name contains this.
-        answer_pattern: Score only the text that group 1 of this regular expression matches in a document.
+        answer_pattern: Score only the text that group 1 of this regular expression matches in a
+            document.
     """
 
     run_url: str
@@ -56,7 +58,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     dataset = Dataset(config.dataset_url)
     if dataset.manifest.split not in HELD_OUT:
         raise ValueError(
-            f"{config.dataset_url} is the {dataset.manifest.split} dataset; expected one of {HELD_OUT}"
+            f"{config.dataset_url} is the {dataset.manifest.split} dataset; expected one of "
+            f"{HELD_OUT}"
         )
     stored = require_checkpoint(config.run_url)["config"]
     if bool(stored["dec_cross_attention"]) != bool(config.map_url and config.retrieval_url):
@@ -110,7 +113,8 @@ def _samples(reader: SampleReader, scored: Any, limit: int | None) -> Any:
     numbers = np.unique((labels[labels > 0] - 1) // reader.seq_length)
     if len(numbers) == 0:
         raise ValueError(
-            f"{reader.dataset.url}: nothing to score; no document matches sources and answer_pattern"
+            f"{reader.dataset.url}: nothing to score; no document matches sources and "
+            "answer_pattern"
         )
     if limit is None or limit >= len(numbers):
         return numbers

@@ -1,5 +1,5 @@
-"""generate | `python -m jobs.generate` | torch |
-reads a run's checkpoint, the index and its retrieval dataset | prints a text, and the neighbors it was written with.
+"""generate | `python -m jobs.generate` | torch | reads a run's checkpoint, the index and its
+retrieval dataset | prints a text, and the neighbors it was written with.
 """
 
 from dataclasses import dataclass, field

@@ -1,5 +1,6 @@
-"""prepare | `python -m jobs.prepare_data`, also `spark-submit jobs/prepare_data.py` | Spark |
-reads loose JSON | writes retmmap datasets: shards + manifest, one each for train, validation, test and retrieval.
+"""prepare | `python -m jobs.prepare_data`, also `spark-submit jobs/prepare_data.py` | Spark | reads
+loose JSON | writes retmmap datasets: shards + manifest, one each for train, validation, test and
+retrieval.
 """
 
 from typing import Any

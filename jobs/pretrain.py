@@ -57,8 +57,10 @@ class PretrainConfig:
         model: Shape of the model; empty dec_cross_attention is a plain decoder.
         trainer: The loop.
         optim: Optimizer and schedule.
-        init_url: Folder of a run whose newest weights to start from. A plain decoder may become a RETRO model.
-        trainable: all parameters, or only those of retrieval, on a frozen decoder (RETRO-fitting; needs init_url).
+        init_url: Folder of a run whose newest weights to start from. A plain decoder may become a
+            RETRO model.
+        trainable: all parameters, or only those of retrieval, on a frozen decoder (RETRO-fitting;
+            needs init_url).
         precision: 32, or bf16 for parameters and arithmetic with float32 master weights.
         device: cpu (gloo) or cuda (nccl).
         dry_run: Check the inputs, print the plan with sizes and write nothing.
@@ -81,7 +83,8 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
     model = Retro(_model_config(config, train.dataset))
     if config.trainable == "retrieval" and not (model.config.has_retrieval and config.init_url):
         raise ValueError(
-            "trainable=retrieval needs init_url (the decoder to freeze) and a model with dec_cross_attention"
+            "trainable=retrieval needs init_url (the decoder to freeze) and a model with "
+            "dec_cross_attention"
         )
     if config.dry_run:
         return _describe(config, model, train)
@@ -99,7 +102,8 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
 
 
 def _readers(config: PretrainConfig) -> tuple[SampleReader, SampleReader | None]:
-    """Readers of training and validation samples, after every manifest was checked against the others."""
+    """Readers of training and validation samples, after every manifest was checked against the
+    others."""
     data = config.data
     needs_retrieval = bool(config.model.dec_cross_attention)
     named = {
@@ -113,13 +117,15 @@ def _readers(config: PretrainConfig) -> tuple[SampleReader, SampleReader | None]
         )
     if not needs_retrieval and named:
         raise ValueError(
-            f"{sorted(named)} have no effect on a plain decoder (dec_cross_attention is empty); leave them out"
+            f"{sorted(named)} have no effect on a plain decoder (dec_cross_attention is empty); "
+            "leave them out"
         )
     retrieval = Dataset(data.retrieval_url) if data.retrieval_url else None
     train = _reader(config, data.train_url, data.train_map_url, retrieval)
     if train.dataset.manifest.split != "train":
         raise ValueError(
-            f"{data.train_url} is the {train.dataset.manifest.split} dataset; training on it would be a leak"
+            f"{data.train_url} is the {train.dataset.manifest.split} dataset; training on it would "
+            "be a leak"
         )
     if data.validation_url is None:
         return train, None
@@ -157,7 +163,8 @@ def _model_config(config: PretrainConfig, dataset: Dataset) -> RetroConfig:
 
 
 def _claim_folder(config: PretrainConfig, train: SampleReader) -> None:
-    """Records what determines the run; refuses a folder that holds a run of another configuration."""
+    """Records what determines the run; refuses a folder that holds a run of another
+    configuration."""
     wanted = {
         "model": asdict(config.model),
         "trainer": describe(config.trainer, config.optim),
@@ -180,13 +187,15 @@ def _claim_folder(config: PretrainConfig, train: SampleReader) -> None:
     }
     if differing:
         raise ValueError(
-            f"{config.output_url} holds a run of another configuration (found, wanted): {differing}; name another "
+            f"{config.output_url} holds a run of another configuration (found, wanted): "
+            f"{differing}; name another "
             "output_url, or the old configuration to continue it"
         )
 
 
 def _prepare_weights(config: PretrainConfig, model: Retro) -> None:
-    """Initial or loaded weights, before sharding; a run that continues overwrites them from its checkpoint."""
+    """Initial or loaded weights, before sharding; a run that continues overwrites them from its
+    checkpoint."""
     initialize(model, config.trainer.seed)
     if config.init_url is not None and latest_checkpoint(config.output_url) is None:
         load_weights(require_checkpoint(config.init_url), model)

@@ -15,7 +15,8 @@ from model.rotary import Table, rotate
 
 
 def masked_attention(q_BHQP: Tensor, k_BHTP: Tensor, v_BHTP: Tensor, mask_BQT: Tensor) -> Tensor:
-    """[B, H, Q, P] softmax(q k^T / sqrt(P)) v over the keys that the mask allows; zeros for a query that may see none."""
+    """[B, H, Q, P] softmax(q k^T / sqrt(P)) v over the keys that the mask allows; zeros for a query
+    that may see none."""
     has_key_BQ1 = mask_BQT.any(dim=-1, keepdim=True)
     allowed = (mask_BQT | ~has_key_BQ1)[:, None]
     out_BHQP = F.scaled_dot_product_attention(q_BHQP, k_BHTP, v_BHTP, attn_mask=allowed)
@@ -51,7 +52,8 @@ class SelfAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What a cross-attention attends to: states [N, T, D], which of them each query may see [N, Q, T], and positions."""
+    """What a cross-attention attends to: states [N, T, D], which of them each query may see [N, Q,
+    T], and positions."""
 
     states_NTD: Tensor
     mask_NQT: Tensor
@@ -60,7 +62,8 @@ class Context:
 
 
 class CrossAttention(nn.Module):
-    """Encoder to chunk: queries are the tokens of all K neighbors of a chunk, folded into one axis."""
+    """Encoder to chunk: queries are the tokens of all K neighbors of a chunk, folded into one
+    axis."""
 
     def __init__(self, config: RetroConfig) -> None:
         super().__init__()
@@ -82,8 +85,9 @@ class CrossAttention(nn.Module):
 
 
 class ChunkedCrossAttention(CrossAttention):
-    """Decoder to neighbors (RETRO, section 2.4): the chunk_size queries from the last token of chunk u onwards attend to
-    the encoded neighbors of chunk u. The first chunk_size - 1 positions attend to nothing and get the output bias only.
+    """Decoder to neighbors (RETRO, section 2.4): the chunk_size queries from the last token of
+    chunk u onwards attend to the encoded neighbors of chunk u. The first chunk_size - 1 positions
+    attend to nothing and get the output bias only.
     """
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
@@ -97,7 +101,8 @@ class ChunkedCrossAttention(CrossAttention):
 
 
 def windows(x: Tensor, chunk_size: int) -> Tensor:
-    """[B, L, ...] -> [B, C, M, ...]: window u holds positions u M + M - 1 + (0..M-1), zeros beyond the sequence."""
+    """[B, L, ...] -> [B, C, M, ...]: window u holds positions u M + M - 1 + (0..M-1), zeros beyond
+    the sequence."""
     length = x.shape[1]
     chunks = length // chunk_size
     missing = chunks * chunk_size - (length - chunk_size + 1)

@@ -1,7 +1,8 @@
-"""Checkpoints of sharded training on any fsspec URL (torch.distributed.checkpoint), readable at any world size.
+"""Checkpoints of sharded training on any fsspec URL (torch.distributed.checkpoint), readable at any
+world size.
 
-Each is written to a folder of its own and announced by a create-only record `step-NNNNNNNN.json` when it is complete; a
-killed writer leaves a folder that no record names.
+Each is written to a folder of its own and announced by a create-only record `step-NNNNNNNN.json`
+when it is complete; a killed writer leaves a folder that no record names.
 """
 
 import uuid
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from etl.storage import StorageError, create_json, filesystem_of, join_url, read_json
 from model.config import RetroConfig
@@ -34,7 +36,8 @@ def save_checkpoint(
     progress: dict[str, Any],
     keep: int,
 ) -> None:
-    """Saves on all ranks; then rank 0 publishes the record and deletes all but the `keep` newest checkpoints."""
+    """Saves on all ranks; then rank 0 publishes the record and deletes all but the `keep` newest
+    checkpoints."""
     names = [f"step-{step:08d}-{uuid.uuid4().hex[:8]}"]
     dist.broadcast_object_list(names)
     folder = _absolute(join_url(run_url, _FOLDER, names[0]))
@@ -42,7 +45,7 @@ def save_checkpoint(
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    dcp.save(state, storage_writer=FsspecWriter(folder))
+    save(state, storage_writer=FsspecWriter(folder))
     if dist.get_rank() == 0:
         record = {"folder": names[0], "config": asdict(model.config), "progress": progress}
         create_json(join_url(run_url, _FOLDER, f"step-{step:08d}.json"), record)
@@ -109,25 +112,31 @@ def resume(
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    dcp.load(state, storage_reader=FsspecReader(record["folder"]))
+    load(state, storage_reader=FsspecReader(record["folder"]))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return record["progress"]
 
 
+def _config_of(record: dict[str, Any]) -> RetroConfig:
+    stored: dict[str, Any] = record["config"]
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return RetroConfig(**values)
+
+
 def load_weights(record: dict[str, Any], model: Retro) -> None:
-    """Loads the weights in place, into a model with or without retrieval parts that the checkpoint lacks.
+    """Loads the weights in place, into a model with or without retrieval parts that the checkpoint
+    lacks.
 
     Raises:
-        StorageError: the checkpoint lacks other parameters, or was made for another shape, vocabulary or chunk size.
+        StorageError: the checkpoint lacks other parameters, or was made for another shape,
+            vocabulary or chunk size.
     """
-    stored = RetroConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
-    )
+    stored = _config_of(record)
     _check_compatible(stored, model.config, record["folder"])
     state = get_model_state_dict(model)
     if not stored.has_retrieval:
         state = {name: value for name, value in state.items() if not is_retrieval_parameter(name)}
-    dcp.load(
+    load(
         {"model": state},
         storage_reader=FsspecReader(record["folder"]),
         no_dist=not dist.is_initialized(),
@@ -137,9 +146,7 @@ def load_weights(record: dict[str, Any], model: Retro) -> None:
 def load_model(run_url: str) -> Retro:
     """The model of a run's newest checkpoint, whole, in this process, on the CPU."""
     record = require_checkpoint(run_url)
-    config = RetroConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
-    )
+    config = _config_of(record)
     model = Retro(config)
     load_weights(record, model)
     return model.eval()
@@ -163,7 +170,8 @@ def _check_compatible(stored: RetroConfig, wanted: RetroConfig, folder: str) -> 
     }
     if differing:
         raise StorageError(
-            f"{folder}: the checkpoint differs from the configured model (found, expected): {differing}"
+            f"{folder}: the checkpoint differs from the configured model (found, expected): "
+            f"{differing}"
         )
 
 

@@ -18,16 +18,17 @@ class ModelConfig:
         num_attention_heads: Heads of every attention.
         kv_channels: Width of a head; by default hidden_size / num_attention_heads.
         dec_num_layers: Decoder layers.
-        dec_cross_attention: Decoder layers (from 0) with chunked cross-attention; the first of them is split around the
-            retrieval encoder. Empty: no retrieval, a plain decoder.
+        dec_cross_attention: Decoder layers (from 0) with chunked cross-attention; the first of them
+            is split around the retrieval encoder. Empty: no retrieval, a plain decoder.
         enc_num_layers: Layers of the retrieval encoder.
         enc_cross_attention: Encoder layers that attend to the decoder's states of the chunk.
-        version: Rotary positions of neighbor tokens in chunked cross-attention: 2 starts at -(chunk_size - 1), so that
-            a continuation lines up with the queries; 1 starts at 0.
+        version: Rotary positions of neighbor tokens in chunked cross-attention: 2 starts at
+            -(chunk_size - 1), so that a continuation lines up with the queries; 1 starts at 0.
         layernorm_epsilon: Of all layer norms.
         rotary_base: Base of the rotary angles; they turn the first 32 entries of a head at most.
         init_method_std: Standard deviation of initial weights.
-        reset_cross_attention: A token does not see neighbors of a chunk of another document (NeMo: it does).
+        reset_cross_attention: A token does not see neighbors of a chunk of another document (NeMo:
+            it does).
     """
 
     hidden_size: int = 768
@@ -60,7 +61,8 @@ class RetroConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; "
                 "change one of them or set kv_channels"
             )
         if self.rotary_dim % 2:
@@ -76,7 +78,8 @@ class RetroConfig(ModelConfig):
                 )
         if self.vocab_size < 1 or not 0 <= self.eod_id < self.vocab_size or self.chunk_size < 1:
             raise ConfigError(
-                f"vocab_size {self.vocab_size}, eod_id {self.eod_id}, chunk_size {self.chunk_size}; expected "
+                f"vocab_size {self.vocab_size}, eod_id {self.eod_id}, chunk_size "
+                f"{self.chunk_size}; expected "
                 "0 <= eod_id < vocab_size and chunk_size >= 1"
             )
 
@@ -86,7 +89,8 @@ class RetroConfig(ModelConfig):
 
     @property
     def split_layer(self) -> int:
-        """The decoder layer around which the encoder runs; dec_num_layers when there is no retrieval."""
+        """The decoder layer around which the encoder runs; dec_num_layers when there is no
+        retrieval."""
         return min(self.dec_cross_attention, default=self.dec_num_layers)
 
     @property

@@ -1,8 +1,9 @@
-"""Copy warm-up: synthetic samples whose next chunk stands in a neighbor, so that attending to neighbors pays at once.
+"""Copy warm-up: synthetic samples whose next chunk stands in a neighbor, so that attending to
+neighbors pays at once.
 
-Real text rewards copying so rarely at first that chunked cross-attention may never learn it. Here tokens are random, so
-nothing but a neighbor can predict them: one neighbor of chunk u is chunk u followed by chunk u + 1 (first at the same
-position, later shifted), the others are random.
+Real text rewards copying so rarely at first that chunked cross-attention may never learn it. Here
+tokens are random, so nothing but a neighbor can predict them: one neighbor of chunk u is chunk u
+followed by chunk u + 1 (first at the same position, later shifted), the others are random.
 """
 
 import numpy as np

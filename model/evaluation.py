@@ -1,7 +1,7 @@
 """Losses of a model on a dataset, with retrieval on or off, over chosen tokens.
 
-Sums, never means of means: callers divide by the tokens (loss), exponentiate (perplexity), or divide by the bytes the
-tokens stand for (bits per byte).
+Sums, never means of means: callers divide by the tokens (loss), exponentiate (perplexity), or
+divide by the bytes the tokens stand for (bits per byte).
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,8 @@ def token_losses(
 
 @dataclass(frozen=True)
 class LossSums:
-    """Nats, tokens and bytes, over all scored tokens and over those before the first retrieval of their document."""
+    """Nats, tokens and bytes, over all scored tokens and over those before the first retrieval of
+    their document."""
 
     loss: float
     tokens: float
@@ -42,8 +43,8 @@ class LossSums:
         return (self.loss, self.tokens, self.bytes, self.loss_before, self.tokens_before)
 
     def summary(self) -> dict[str, Any]:
-        """loss (nats a token), ppl, bpb (bits a byte of text; null without bytes), and the loss before and after the
-        first retrieval."""
+        """loss (nats a token), ppl, bpb (bits a byte of text; null without bytes), and the loss
+        before and after the first retrieval."""
         mean = self.loss / max(1.0, self.tokens)
         after = self.tokens - self.tokens_before
         return {
@@ -63,7 +64,8 @@ class LossSums:
 
 
 def before_first_retrieval(batch: TensorBatch, eod_id: int, chunk_size: int) -> torch.Tensor:
-    """[B, S] positions whose document has no completed chunk in the sample yet: no neighbor can be visible there."""
+    """[B, S] positions whose document has no completed chunk in the sample yet: no neighbor can be
+    visible there."""
     segments = document_segments(batch.tokens, eod_id)
     last_complete = (
         torch.arange(batch.tokens.shape[1], device=batch.tokens.device) + 1
@@ -82,10 +84,12 @@ def loss_sums(
     scored: NDArray[np.bool_] | None = None,
     token_lengths: NDArray[np.int64] | None = None,
 ) -> LossSums:
-    """Sums over the samples numbered in `batches`; a number of -1 stands for an empty place (ranks keep step).
+    """Sums over the samples numbered in `batches`; a number of -1 stands for an empty place (ranks
+    keep step).
 
     Args:
-        scored: [num_tokens] positions of the dataset's token stream that count as labels; all by default.
+        scored: [num_tokens] positions of the dataset's token stream that count as labels; all by
+            default.
         token_lengths: [vocab_size] bytes of each token id; without it bytes are 0.
     """
     total = LossSums(0, 0, 0, 0, 0)
@@ -123,7 +127,8 @@ def _scored_labels(
 def batches_of(
     numbers: NDArray[np.int64], batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[NDArray[np.int64]]:
-    """Sample numbers in batches, dealt to ranks; every rank gets equally many equal batches, filled up with -1."""
+    """Sample numbers in batches, dealt to ranks; every rank gets equally many equal batches, filled
+    up with -1."""
     per_round = batch_size * world_size
     rounds = -(-len(numbers) // per_round)
     padded = np.full(rounds * per_round, -1, np.int64)

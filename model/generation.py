@@ -1,7 +1,8 @@
-"""Generation that retrieves: whenever a chunk of the text is complete, its neighbors are looked up and attended to.
+"""Generation that retrieves: whenever a chunk of the text is complete, its neighbors are looked up
+and attended to.
 
-Each new token is a full forward pass over the sequence so far. What retrieves is behind the `Retriever` protocol, so the
-model knows nothing of indexes.
+Each new token is a full forward pass over the sequence so far. What retrieves is behind the
+`Retriever` protocol, so the model knows nothing of indexes.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ class Retriever(Protocol):
     def retrieve(
         self, chunks: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids [C, K], tokens [C, K, R], mask [C, K, R]) for chunks [C, chunk_size]; id -1 is a missing neighbor."""
+        """(ids [C, K], tokens [C, K, R], mask [C, K, R]) for chunks [C, chunk_size]; id -1 is a
+        missing neighbor."""
         ...
 
 
@@ -36,7 +38,8 @@ class GenerateConfig:
     Attributes:
         max_new_tokens: Tokens to generate; generation also ends after an end-of-document token.
         temperature: Divides the logits; 0 takes the most likely token always.
-        top_k: Only the k most likely tokens can be drawn; 0: all of them. No effect at temperature 0, so refused there.
+        top_k: Only the k most likely tokens can be drawn; 0: all of them. No effect at temperature
+            0, so refused there.
         seed: Of the draws.
     """
 
@@ -78,11 +81,12 @@ def generate(
 ) -> Generation:
     """Continues the prompt; without a retriever, retrieval is off.
 
-    Token t sees neighbors of chunk u iff t >= (u + 1) * chunk_size - 1, as in training: a chunk's neighbors help from
-    the prediction that follows its last token.
+    Token t sees neighbors of chunk u iff t >= (u + 1) * chunk_size - 1, as in training: a chunk's
+    neighbors help from the prediction that follows its last token.
 
     Raises:
-        GenerationError: an empty prompt, ids outside the vocabulary, or a retriever for a plain decoder.
+        GenerationError: an empty prompt, ids outside the vocabulary, or a retriever for a plain
+            decoder.
     """
     _check(model, prompt, retriever)
     result = Generation(list(prompt), len(prompt))
@@ -103,7 +107,8 @@ def _check(model: Retro, prompt: Sequence[int], retriever: Retriever | None) -> 
     vocabulary = model.config.vocab_size
     if not prompt or min(prompt) < 0 or max(prompt) >= vocabulary:
         raise GenerationError(
-            f"the prompt has {len(prompt)} tokens; expected at least one, all in 0..{vocabulary - 1}"
+            f"the prompt has {len(prompt)} tokens; expected at least one, all in "
+            f"0..{vocabulary - 1}"
         )
     if retriever is not None and not model.config.has_retrieval:
         raise GenerationError("this is a plain decoder; it generates without a retriever only")

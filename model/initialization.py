@@ -1,9 +1,10 @@
 """Initial weights: each parameter from a generator of its own, seeded by (seed, name).
 
-So a weight does not depend on which other parameters exist or on how the model is sharded; run it before `fully_shard`.
+So a weight does not depend on which other parameters exist or on how the model is sharded; run it
+before `fully_shard`.
 
     embedding, query/key/value, query, key_value, dense_h_to_4h   normal(0, init_method_std)
-    dense, dense_4h_to_h (they write into the residual stream)    normal(0, init_method_std / sqrt(2 * layers))
+    dense, dense_4h_to_h (they write into the residual stream)    the same / sqrt(2 * layers)
     layer norms                                                   weight 1, bias 0
     all biases                                                    0
 """
@@ -50,8 +51,9 @@ def standard_deviation(name: str, config: RetroConfig) -> float:
 
 
 def start_retrieval_from_decoder(model: nn.Module) -> None:
-    """Before retrieval parts are added to a trained decoder: the norm that replaces post_attention_layernorm in layers
-    with chunked cross-attention starts as a copy of it, so that the MLPs first see what they were trained on."""
+    """Before retrieval parts are added to a trained decoder: the norm that replaces
+    post_attention_layernorm in layers with chunked cross-attention starts as a copy of it, so that
+    the MLPs first see what they were trained on."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():

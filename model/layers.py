@@ -1,7 +1,7 @@
 """Transformer layers, each made of two halves so that the retrieval encoder can run between them.
 
-    x += self_attention(input_layernorm(x));  y = post_attention_layernorm(x)           AttentionHalf
-    [x += cross_attention(y);                 y = post_inter_attention_layernorm(x)]    FeedForwardHalf
+    x += self_attention(input_layernorm(x));  y = post_attention_layernorm(x)        AttentionHalf
+    [x += cross_attention(y);                 y = post_inter_attention_layernorm(x)] FeedForwardHalf
     x += mlp(y)
 
 Shape letters as in `model/attention.py`.
@@ -42,7 +42,8 @@ class AttentionHalf(nn.Module):
 
 
 class FeedForwardHalf(nn.Module):
-    """Takes what AttentionHalf returns. Without a context the cross-attention is skipped: retrieval off."""
+    """Takes what AttentionHalf returns. Without a context the cross-attention is skipped: retrieval
+    off."""
 
     def __init__(self, config: RetroConfig, cross_attention: CrossAttention | None) -> None:
         super().__init__()
@@ -76,8 +77,8 @@ class DecoderLayer(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Every neighbor is a sequence of its own; cross-attention folds the K neighbors of a chunk into one query axis, so
-    that the chunk's states are projected once."""
+    """Every neighbor is a sequence of its own; cross-attention folds the K neighbors of a chunk
+    into one query axis, so that the chunk's states are projected once."""
 
     def __init__(self, config: RetroConfig, has_cross_attention: bool) -> None:
         super().__init__()

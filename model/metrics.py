@@ -1,9 +1,10 @@
-"""Metrics of a run: `metrics.jsonl` and TensorBoard event files in the run's folder. Rank 0 only."""
+"""Metrics of a run: `metrics.jsonl` and TensorBoard event files in the run's folder. Rank 0
+only."""
 
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -13,7 +14,8 @@ NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends one JSON object a line. A resumed run drops what a killed one wrote after the checkpoint.
+    """Appends one JSON object a line. A resumed run drops what a killed one wrote after the
+    checkpoint.
 
     On object storage, which cannot append, the files grow locally and are uploaded by `sync`.
     """
@@ -29,7 +31,7 @@ class MetricsLog:
         path = self._local / NAME
         kept = [line for line in read_lines(run_url) if line["step"] <= resumed_step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(str(self._local / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -57,5 +59,5 @@ def read_lines(run_url: str) -> list[dict[str, Any]]:
     filesystem.invalidate_cache()
     if not filesystem.exists(path):
         return []
-    complete = filesystem.cat_file(path).decode().rpartition("\n")[0]
+    complete = bytes(cast(Any, filesystem.cat_file(path))).decode().rpartition("\n")[0]
     return [json.loads(line) for line in complete.splitlines()]

@@ -1,10 +1,12 @@
-"""NeMo's parameter names for ours. The tensors are the same, rows and columns in the same order: only names differ."""
+"""NeMo's parameter names for ours. The tensors are the same, rows and columns in the same order:
+only names differ."""
 
 from model.config import RetroConfig
 
 
 def nemo_name(name: str, config: RetroConfig) -> str:
-    """The name a parameter of `model.retro.Retro` has in a NeMo RETRO checkpoint, without NeMo's prefix `model.`."""
+    """The name a parameter of `model.retro.Retro` has in a NeMo RETRO checkpoint, without NeMo's
+    prefix `model.`."""
     fixed = {
         "word_embeddings.weight": "encoder_embedding.word_embeddings.weight",
         "head_bias": "tokens_head.bias",

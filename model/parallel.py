@@ -1,9 +1,10 @@
-"""Parallelism applied from outside: FSDP2 over any number of ranks, on CPU (gloo) or CUDA (nccl)."""
+"""Parallelism applied from outside: FSDP2 over any number of ranks, on CPU (gloo) or CUDA
+(nccl)."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ Precision = Literal["32", "bf16"]
 
 @contextmanager
 def process_group(device: str) -> Iterator[DeviceMesh]:
-    """The mesh over all ranks that torchrun started; a single process without torchrun is a mesh of one."""
+    """The mesh over all ranks that torchrun started; a single process without torchrun is a mesh of
+    one."""
     for name, value in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
@@ -35,13 +37,17 @@ def process_group(device: str) -> Iterator[DeviceMesh]:
 
 
 def shard(model: Retro, mesh: DeviceMesh, precision: Precision) -> None:
-    """Shards the initialised model in place: a group for each layer, one for embedding, head and final norms.
+    """Shards the initialised model in place: a group for each layer, one for embedding, head and
+    final norms.
 
     The split layer's halves are groups of their own, because the model calls them one by one.
     """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"mesh": mesh, "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy()}
-    for i, layer in enumerate(model.layers):
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy if precision == "bf16" else MixedPrecisionPolicy(),
+    }
+    for i, layer in enumerate(model.decoder_layers):
         if i == model.config.split_layer:
             fully_shard(layer.attention_half, **options)
             fully_shard(layer.feed_forward_half, **options)

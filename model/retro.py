@@ -1,11 +1,15 @@
 """RETRO (arXiv 2112.04426, NeMo's variant) and its plain decoder: one class, retrieval on or off.
 
-The decoder runs to the attention half of its first layer with chunked cross-attention; the retrieval encoder reads the
-neighbors in the light of the states there; the decoder goes on and attends to what the encoder made of them. Token t may
-see the neighbors of chunk u iff t >= (u + 1) * chunk_size - 1. Retrieval off means: chunked cross-attention is skipped.
+The decoder runs to the attention half of its first layer with chunked cross-attention; the
+retrieval encoder reads the neighbors in the light of the states there; the decoder goes on and
+attends to what the encoder made of them. Token t may see the neighbors of chunk u iff t >= (u + 1)
+* chunk_size - 1. Retrieval off means: chunked cross-attention is skipped.
 
-The model knows nothing of devices, meshes or files. Shape letters as in `model/attention.py`; V vocabulary.
+The model knows nothing of devices, meshes or files. Shape letters as in `model/attention.py`; V
+vocabulary.
 """
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +22,8 @@ from model.rotary import Table, rotary_table
 
 
 class NeighborEncoder(nn.Module):
-    """Encodes each neighbor bidirectionally, attending to the decoder's states of the chunk it was retrieved for."""
+    """Encodes each neighbor bidirectionally, attending to the decoder's states of the chunk it was
+    retrieved for."""
 
     def __init__(self, config: RetroConfig) -> None:
         super().__init__()
@@ -32,7 +37,8 @@ class NeighborEncoder(nn.Module):
     def forward(
         self, x_NKRD: Tensor, mask_NKR: Tensor, chunk_NMD: Tensor, chunk_mask_NM: Tensor
     ) -> Tensor:
-        """[N, K, R, D] from embedded neighbors, the states of their chunks, and which tokens of both are no pads."""
+        """[N, K, R, D] from embedded neighbors, the states of their chunks, and which tokens of
+        both are no pads."""
         table = self._table(x_NKRD.shape[2], x_NKRD.device)
         self_mask = mask_NKR[..., :, None] & mask_NKR[..., None, :]
         context = Context(
@@ -66,6 +72,10 @@ class Retro(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
+    @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], list(self.layers))
+
     def forward(
         self,
         tokens_BL: Tensor,
@@ -75,13 +85,14 @@ class Retro(nn.Module):
         labels_BL: Tensor | None = None,
         loss_mask_BL: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, L, V] of the next token; with labels, the float32 losses [n] of the n labels in loss_mask_BL.
+        """Logits [B, L, V] of the next token; with labels, the float32 losses [n] of the n labels
+        in loss_mask_BL.
 
         Args:
             tokens_BL: Token ids; L need not be a multiple of chunk_size.
             tokens_mask_BL: False on pads.
-            neighbors_BCKR: Token ids of K neighbors of each of the C = L // chunk_size whole chunks, R = 2 chunk_size;
-                None turns retrieval off.
+            neighbors_BCKR: Token ids of K neighbors of each of the C = L // chunk_size whole
+                chunks, R = 2 chunk_size; None turns retrieval off.
             neighbors_mask_BCKR: False on pads and on missing neighbors.
             labels_BL: Next tokens; the head then runs only where loss_mask_BL is True.
             loss_mask_BL: Which labels count.
@@ -97,7 +108,7 @@ class Retro(nn.Module):
         segments_BL = document_segments(tokens_BL, self.config.eod_id)
         mask_BLL = causal_mask(segments_BL, tokens_mask_BL)
         context = None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.decoder_layers):
             if i == self.config.split_layer and neighbors_BCKR is not None:
                 assert neighbors_mask_BCKR is not None
                 x_BLD, y_BLD = layer.attention_half(x_BLD, table, mask_BLL)
@@ -138,7 +149,8 @@ class Retro(nn.Module):
         neighbors_BCKR: Tensor,
         neighbors_mask_BCKR: Tensor,
     ) -> Context:
-        """Runs the encoder on the neighbors of all whole chunks; what chunked cross-attention attends to."""
+        """Runs the encoder on the neighbors of all whole chunks; what chunked cross-attention
+        attends to."""
         m = self.config.chunk_size
         chunks = tokens_mask_BL.shape[1] // m
         assert self.encoder is not None
@@ -173,7 +185,8 @@ class Retro(nn.Module):
 
 
 def document_segments(tokens_BL: Tensor, eod_id: int) -> Tensor:
-    """[B, L] how many end-of-document tokens stand before each position; an end-of-document belongs to its document."""
+    """[B, L] how many end-of-document tokens stand before each position; an end-of-document belongs
+    to its document."""
     ends = (tokens_BL == eod_id).long()
     return ends.cumsum(dim=1) - ends
 
@@ -187,7 +200,8 @@ def causal_mask(segments_BL: Tensor, tokens_mask_BL: Tensor) -> Tensor:
 
 
 def is_retrieval_parameter(name: str) -> bool:
-    """Whether a parameter exists only for retrieval: the encoder and chunked cross-attention with its norm."""
+    """Whether a parameter exists only for retrieval: the encoder and chunked cross-attention with
+    its norm."""
     return (
         name.startswith("encoder.")
         or ".cross_attention." in name

@@ -1,7 +1,9 @@
-"""The order of training samples: a seeded permutation of each epoch, computed sample by sample, without index files.
+"""The order of training samples: a seeded permutation of each epoch, computed sample by sample,
+without index files.
 
-A Feistel network permutes 0 .. 4^b - 1 for the smallest such power that covers the epoch; values outside the epoch are
-permuted again until they fall inside (cycle walking). The state of a run's data is one integer: samples consumed.
+A Feistel network permutes 0 .. 4^b - 1 for the smallest such power that covers the epoch; values
+outside the epoch are permuted again until they fall inside (cycle walking). The state of a run's
+data is one integer: samples consumed.
 """
 
 import numpy as np
@@ -11,7 +13,8 @@ _ROUNDS = 6
 
 
 def sample_ids(first: int, count: int, num_samples: int, seed: int) -> NDArray[np.int64]:
-    """[count] the samples at places first .. first + count - 1 of the endless sequence of shuffled epochs.
+    """[count] the samples at places first .. first + count - 1 of the endless sequence of shuffled
+    epochs.
 
     Raises:
         ValueError: there are no samples.

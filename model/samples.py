@@ -1,10 +1,11 @@
 """Training samples: consecutive tokens of a dataset with the neighbors of every chunk. numpy only.
 
-Sample j = tokens [j S, j S + S] of the dataset's token stream, documents packed with their pads. The KNN map is keyed by
-chunk, so it serves any sequence length, order or batch.
+Sample j = tokens [j S, j S + S] of the dataset's token stream, documents packed with their pads.
+The KNN map is keyed by chunk, so it serves any sequence length, order or batch.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,16 @@ class Batch:
     neighbors_mask: NDArray[np.bool_] | None = None
 
     def to(self, device: torch.device | str) -> "TensorBatch":
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        def moved(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
         return TensorBatch(
-            **{k: None if v is None else torch.from_numpy(v).to(device) for k, v in arrays.items()}
+            moved(self.tokens),
+            moved(self.labels),
+            moved(self.tokens_mask),
+            moved(self.loss_mask),
+            None if self.neighbors is None else moved(self.neighbors),
+            None if self.neighbors_mask is None else moved(self.neighbors_mask),
         )
 
 
@@ -58,8 +66,8 @@ class SampleReader:
     """Assembles batches. `retrieval` None gives samples without neighbors.
 
     Raises:
-        SampleError: seq_length is not a multiple of chunk_size, the dataset is a retrieval dataset, or the map holds
-            fewer neighbors than asked for.
+        SampleError: seq_length is not a multiple of chunk_size, the dataset is a retrieval dataset,
+            or the map holds fewer neighbors than asked for.
         StorageError: the map was made for other datasets.
     """
 
@@ -105,7 +113,8 @@ class SampleReader:
         return batch if self.retrieval is None else self._with_neighbors(batch, chunk_ids, inside)
 
     def chunk_ids(self, samples: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """[B, S / chunk_size + 1] the chunks that hold a sample's tokens and last label, and which of them exist."""
+        """[B, S / chunk_size + 1] the chunks that hold a sample's tokens and last label, and which
+        of them exist."""
         per_sample = self.seq_length // self.dataset.chunk_size
         first = np.asarray(samples, np.int64)[:, None] * per_sample
         ids = first + np.arange(per_sample + 1)
@@ -125,7 +134,8 @@ class SampleReader:
 
 
 class NeighborReader:
-    """The neighbors of a dataset's chunks: ids from the KNN map, tokens from the retrieval dataset."""
+    """The neighbors of a dataset's chunks: ids from the KNN map, tokens from the retrieval
+    dataset."""
 
     def __init__(
         self, dataset: Dataset, built_map: BuiltMap, retrieval: Dataset, neighbors: int
@@ -147,7 +157,8 @@ class NeighborReader:
     ) -> NDArray[np.int64]:
         """[B, C, K] neighbor ids of chunks [B, C] whose documents have `keys` [B, C].
 
-        Every document of the sample is banned; the first K others of the row are taken; -1 where they run out.
+        Every document of the sample is banned; the first K others of the row are taken; -1 where
+        they run out.
         """
         rows = self.candidates(chunk_ids)
         missing = (rows < 0) | ~present[..., None]
@@ -175,7 +186,8 @@ class NeighborReader:
 
 
 class RandomNeighborReader(NeighborReader):
-    """The control for evaluation: random chunks of other documents in place of the map's, as many of them."""
+    """The control for evaluation: random chunks of other documents in place of the map's, as many
+    of them."""
 
     def candidates(self, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         rows = super().candidates(chunk_ids)

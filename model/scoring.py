@@ -1,4 +1,5 @@
-"""Which tokens of a held-out dataset count in an evaluation: those of some sources, those of an answer. numpy only."""
+"""Which tokens of a held-out dataset count in an evaluation: those of some sources, those of an
+answer. numpy only."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ def scored_tokens(
     Args:
         token_bytes: The bytes each token id stands for.
         sources: Count documents whose source file's name contains this; None: all.
-        answer_pattern: Count tokens that overlap group 1 of a match in the document's text; None: all.
+        answer_pattern: Count tokens that overlap group 1 of a match in the document's text; None:
+            all.
 
     Raises:
         ValueError: the pattern is not a regular expression with a group.

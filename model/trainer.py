@@ -1,7 +1,8 @@
 """The training loop: FSDP2 at any world size, exact resume, validation with retrieval on and off.
 
-Data state is one number, samples consumed; a step takes the next global_batch_size samples, whatever the world size. The
-loss of a step is a sum over the valid labels of all ranks divided by their number.
+Data state is one number, samples consumed; a step takes the next global_batch_size samples,
+whatever the world size. The loss of a step is a sum over the valid labels of all ranks divided by
+their number.
 """
 
 import logging
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model.checkpoint import latest_checkpoint, resume, save_checkpoint
@@ -40,11 +42,13 @@ class TrainerConfig:
 
     Attributes:
         max_steps: Optimizer steps.
-        max_minutes: Fewer steps if max_steps would take longer: the number that fits is measured over the first 20 steps
-            and then fixed, so that the schedule is known and a resumed run keeps it.
+        max_minutes: Fewer steps if max_steps would take longer: the number that fits is measured
+            over the first 20 steps and then fixed, so that the schedule is known and a resumed run
+            keeps it.
         global_batch_size: Samples a step, over all ranks.
         micro_batch_size: Samples of one forward and backward pass on one rank.
-        copy_warmup_steps: First steps on the synthetic copy task, which teach the model to attend to neighbors.
+        copy_warmup_steps: First steps on the synthetic copy task, which teach the model to attend
+            to neighbors.
         seed: Of initial weights and sample order.
         log_interval: Steps between metrics.
         val_interval: Steps between validations; there is always one at the end.
@@ -99,7 +103,8 @@ class Trainer:
         config = self.config
         if config.global_batch_size % self.world_size or self.per_rank % config.micro_batch_size:
             raise TrainerError(
-                f"global_batch_size {config.global_batch_size} is not a multiple of micro_batch_size "
+                f"global_batch_size {config.global_batch_size} is not a multiple of "
+                "micro_batch_size "
                 f"{config.micro_batch_size} times {self.world_size} ranks"
             )
         if config.copy_warmup_steps and self.train_reader.retrieval is None:
@@ -112,7 +117,8 @@ class Trainer:
         return self.train_reader.retrieval is not None
 
     def run(self) -> dict[str, Any]:
-        """Trains from the newest checkpoint, or from the start, to the end; returns counts, rate and last losses."""
+        """Trains from the newest checkpoint, or from the start, to the end; returns counts, rate
+        and last losses."""
         record = latest_checkpoint(self.run_url)
         if record is not None:
             self._restore(resume(record, self.model, self.optimizer))
@@ -191,7 +197,7 @@ class Trainer:
         self.step += 1
         tokens = self.config.global_batch_size * self.train_reader.seq_length
         self.tokens += tokens
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return {
             "loss": float(all_reduce_sum(total)),
             "lr": lr,

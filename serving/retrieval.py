@@ -1,7 +1,8 @@
-"""Live retrieval in this process: tokens of a chunk -> neighbors, by the same definition as the KNN map job.
+"""Live retrieval in this process: tokens of a chunk -> neighbors, by the same definition as the KNN
+map job.
 
-The chunk is decoded, embedded, searched in the index and ranked exactly; a document may be its own neighbor's source,
-because a text that is being written belongs to no document.
+The chunk is decoded, embedded, searched in the index and ranked exactly; a document may be its own
+neighbor's source, because a text that is being written belongs to no document.
 """
 
 from typing import Any
@@ -15,8 +16,8 @@ from etl.tokenizer import ByteLevelTokenizer, load_tokenizer
 from indexing.embedder import EmbedderConfig, embedder_facts, load_embedder
 from indexing.embeddings import chunk_texts
 from indexing.index_build import open_index
-from indexing.map_build import neighbor_finder
 from indexing.knn_map import NO_NEIGHBOR
+from indexing.map_build import neighbor_finder
 
 _MARGIN = 16
 
@@ -59,7 +60,8 @@ class LocalRetriever:
     def retrieve(
         self, chunks: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids [C, K], tokens [C, K, 2 chunk_size], mask) of chunks [C, chunk_size]; -1 and pads where there are fewer."""
+        """(ids [C, K], tokens [C, K, 2 chunk_size], mask) of chunks [C, chunk_size]; -1 and pads
+        where there are fewer."""
         vectors = self.embedder.embed(chunk_texts(chunks, self.tokenizer))
         vectors[[not text.strip() for text in chunk_texts(chunks, self.tokenizer)]] = 0
         ids, _ = self.finder.find(vectors, self.neighbors, None)

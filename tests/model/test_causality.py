@@ -30,7 +30,8 @@ def tiny(**changes):
 
 
 def sample(length):
-    """Two documents; the first ends with its end-of-document token and two pads that fill its chunk."""
+    """Two documents; the first ends with its end-of-document token and two pads that fill its
+    chunk."""
     tokens = torch.arange(2, 2 + length).remainder(VOCABULARY - 2) + 2
     tokens[5], tokens[6:8] = EOD, PAD
     neighbors = torch.randint(2, VOCABULARY, (1, length // M, K, 2 * M))
@@ -62,7 +63,8 @@ def dependencies(model, tokens, neighbors, mask):
 
 
 def definition(tokens, mask, reset):
-    """The same sets from the text of the definition; chunk u is seen from token (u + 1) M - 1 on."""
+    """The same sets from the text of the definition; chunk u is seen from token (u + 1) M - 1
+    on."""
     row = tokens[0].tolist()
     document = [row[:t].count(EOD) for t in range(len(row))]
 

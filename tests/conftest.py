@@ -10,6 +10,15 @@ TRAINING_TEXT = [
     "counting the stars is a work of patience and of warm coats",
 ]
 
+SPARK_SETTINGS = """
+spark.master                                  local[2,4]
+spark.driver.bindAddress                      127.0.0.1
+spark.driver.host                             127.0.0.1
+spark.ui.enabled                              false
+spark.ui.showConsoleProgress                  false
+spark.sql.shuffle.partitions                  2
+"""
+
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
@@ -33,3 +42,20 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_url(tokenizer_folder):
     return str(tokenizer_folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory):
+    """The one Spark session of a test run: the repository's settings, on two cores and without a
+    user interface.
+    """
+    from etl.spark import CONF_FOLDER, spark_session
+
+    folder = tmp_path_factory.mktemp("spark")
+    settings = (CONF_FOLDER / "spark-defaults.conf").read_text()
+    (folder / "spark-defaults.conf").write_text(settings + SPARK_SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARK_CONF_DIR", str(folder))
+        session = spark_session("retromill tests")
+        yield session
+        session.stop()

@@ -54,7 +54,7 @@ def rows(built, corpus):
 
 
 def brute_force(corpus, k, remove_duplicate=True):
-    """By definition: scores in float64, ties by id, without chunks of the own document or of pads."""
+    """By definition: scores in float64, ties by id, no chunk of the own document or of pads."""
     ids = np.arange(corpus.retrieval.num_chunks)
     vectors = corpus.embeddings.rows(ids).astype(np.float64)
     found = np.full((len(ids), k), -1)

@@ -46,6 +46,7 @@ _SHAPE = {
     "num_attention_heads": 4,
     "kv_channels": 64,
     "dec_num_layers": 4,
+    "init_method_std": 0.06,
 }
 _RETRIEVAL_SHAPE = {"dec_cross_attention": "[3]", "enc_num_layers": 1, "enc_cross_attention": "[0]"}
 _PLAIN_SHARE = 0.4
@@ -272,7 +273,6 @@ def _train(
         **{f"model.{name}": value for name, value in _RETRIEVAL_SHAPE.items()},
         "init_url": root / "plain",
         "trainable": "retrieval",
-        "trainer.copy_warmup_steps": 40,
     }
 
     def pretrain(name: str, minutes: float, more: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from model.config import RetroConfig
 from model.retro import Retro
 
 _RESIDUAL = (".dense.weight", ".dense_4h_to_h.weight")
+_SHARPNESS, _COPY_GAIN = 2.0, 3.0
 
 
 def initialize(model: Retro, seed: int) -> None:
@@ -50,15 +51,55 @@ def standard_deviation(name: str, config: RetroConfig) -> float:
     )
 
 
-def start_retrieval_from_decoder(model: nn.Module) -> None:
-    """Before retrieval parts are added to a trained decoder: the norm that replaces
-    post_attention_layernorm in layers with chunked cross-attention starts as a copy of it, so that
-    the MLPs first see what they were trained on."""
-    parameters = dict(model.named_parameters())
+def start_retrieval_from_decoder(model: Retro) -> None:
+    """Weights from which retrieval parts learn quickly on a frozen decoder: they start as a pointer
+    that copies.
+
+    * The encoder starts as the identity: its layers write nothing into their residual streams yet,
+        so an encoded neighbor
+      token is its normalised embedding.
+    * Queries, keys and values of chunked cross-attention start as identities, queries and keys only
+    on the entries of a
+      head that rotary positions leave alone (there are some if heads are wider than 32). A decoder
+      state resembles the embeddings of the tokens it predicts, so a query finds neighbor tokens
+      that are likely to come next.
+    * The output projection starts as a multiple of the identity: what was found is written in the
+        direction of its own
+      embedding, which raises its logit.
+    * The norm that replaces post_attention_layernorm starts as a copy of it, so that the MLPs see
+    what they were trained on.
+    """
+    config = model.config
+    assert model.encoder is not None
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name.startswith("layers.") and ".post_inter_attention_layernorm." in name:
-                trained = name.replace(
-                    "feed_forward_half.post_inter_attention", "attention_half.post_attention"
-                )
-                parameter.copy_(parameters[trained])
+        for name, parameter in model.encoder.named_parameters():
+            if name.endswith(_RESIDUAL):
+                parameter.zero_()
+        for layer in config.dec_cross_attention:
+            halves = model.decoder_layers[layer]
+            half = halves.feed_forward_half
+            assert half.cross_attention is not None
+            _copy_pointer(half.cross_attention, config)
+            trained = halves.attention_half.post_attention_layernorm.state_dict()
+            half.post_inter_attention_layernorm.load_state_dict(trained)
+
+
+def _copy_pointer(attention: nn.Module, config: RetroConfig) -> None:
+    """Weights of a chunked cross-attention that copies what its query resembles; all heads together
+    see every entry."""
+    heads, width, d = config.num_attention_heads, config.head_dim, config.hidden_size
+    turned = config.rotary_dim if width > config.rotary_dim else 0
+    parameters = dict(attention.named_parameters())
+    query = parameters["query.weight"].view(heads, width, d)
+    key, value = parameters["key_value.weight"].view(heads, 2, width, d).unbind(1)
+    dense = parameters["dense.weight"].view(d, heads, width)
+    for part in (query[:, turned:], key[:, turned:], value, dense):
+        part.zero_()
+    content = torch.arange(heads * (width - turned)).view(heads, -1) % d
+    copied = torch.arange(heads * width).view(heads, -1) % d
+    for head in range(heads):
+        rows, places = torch.arange(turned, width), torch.arange(width)
+        query[head, rows, content[head]] = _SHARPNESS
+        key[head, rows, content[head]] = 1.0
+        value[head, places, copied[head]] = 1.0
+        dense[copied[head], head, places] = _COPY_GAIN * d / (heads * width)

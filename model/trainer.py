@@ -93,6 +93,9 @@ class Trainer:
         self.rank, self.world_size = mesh.get_rank(), mesh.size()
         self.per_rank = config.global_batch_size // self.world_size
         self._check()
+        # Gradients through sharp attention become denormal numbers, which CPUs compute many times
+        # more slowly.
+        torch.set_flush_denormal(True)
         self.optimizer = build_optimizer(optim, model)
         self.max_steps = config.max_steps
         self.step = 0

@@ -28,7 +28,7 @@ def installed_documents(max_bytes: int) -> Iterator[dict[str, Any]]:
         name, location = key
         text = (
             _readme_text(location)
-            if isinstance(location, Distribution)
+            if not isinstance(location, Path)
             else _docstrings(name, location)
         )
         if len(text) < _MIN_CHARACTERS:
@@ -38,7 +38,7 @@ def installed_documents(max_bytes: int) -> Iterator[dict[str, Any]]:
             return
         yield {
             "id": name,
-            "src": "readme" if isinstance(location, Distribution) else "docstrings",
+            "src": "readme" if not isinstance(location, Path) else "docstrings",
             "text": text,
         }
 

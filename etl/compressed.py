@@ -63,7 +63,7 @@ def open_source(url: str, compression: str | None) -> Iterator[BinaryIO]:
     Raises:
         CompressedError: while reading, if the compressed data is damaged or incomplete.
     """
-    with cast(BinaryIO, fsspec.open(url, "rb").open()) as file:
+    with cast(Any, fsspec.open(url, "rb")).open() as file:
         try:
             if compression == "zstd":
                 yield cast(BinaryIO, io.BufferedReader(_ZstdFile(file), _READ_BYTES))

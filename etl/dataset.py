@@ -1,6 +1,8 @@
-"""A dataset: the shards of one manifest behind global ids. numpy and storage only, so every package may use it.
+"""A dataset: the shards of one manifest behind global ids. numpy and storage only, so every package
+may use it.
 
-A global chunk id is the shard's chunk base plus the id inside the shard; documents are numbered the same way.
+A global chunk id is the shard's chunk base plus the id inside the shard; documents are numbered the
+same way.
 """
 
 from functools import cached_property
@@ -85,7 +87,8 @@ class Dataset:
         return [(int(s), np.flatnonzero(owner == s)) for s in np.unique(owner)]
 
     def get_chunk(self, chunk_ids: ArrayLike, continuation: bool = True) -> NDArray[Any]:
-        """[N, chunk_size] tokens of chunks [N], or [N, 2 chunk_size] with the continuation (retrieval dataset).
+        """[N, chunk_size] tokens of chunks [N], or [N, 2 chunk_size] with the continuation
+        (retrieval dataset).
 
         Raises:
             IndexError: an id outside 0..num_chunks - 1.
@@ -111,7 +114,7 @@ class Dataset:
 
     @cached_property
     def documents(self) -> NDArray[np.void]:
-        """[num_documents] the document tables of all shards, DOCUMENT_DTYPE (40 bytes a document)."""
+        """[num_documents] the document tables of all shards, DOCUMENT_DTYPE (40 bytes each)."""
         return np.concatenate(
             [
                 np.empty(0, DOCUMENT_DTYPE),
@@ -121,7 +124,9 @@ class Dataset:
 
     @cached_property
     def document_keys(self) -> NDArray[np.uint64]:
-        """[num_documents] first 64 bits of the content hash: equal text has equal keys in any dataset."""
+        """[num_documents] first 64 bits of the content hash: equal text has equal keys in any
+        dataset.
+        """
         return np.ascontiguousarray(self.documents["content_hash"][:, 0])
 
     @cached_property

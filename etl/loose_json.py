@@ -224,5 +224,8 @@ def _unusable(record: Any, text_key: str, split_key: str | None) -> str | None:
         return f"field {text_key!r} is empty"
     split = record.get(split_key) if split_key else None
     if split is not None and split not in ("train", "validation", "test", "retrieval"):
-        return f"field {split_key!r} is {str(split)[:40]!r}, expected train, validation, test or retrieval"
+        return (
+            f"field {split_key!r} is {str(split)[:40]!r}, expected train, validation, test or "
+            "retrieval"
+        )
     return None

@@ -1,6 +1,8 @@
-"""The manifest of a dataset: which retmmap shards belong to it, in which order, and what they were made from.
+"""The manifest of a dataset: which retmmap shards belong to it, in which order, and what they were
+made from.
 
-Written last by preparation (the commit point), read by everything else. Standard library and numpy dtypes only.
+Written last by preparation (the commit point), read by everything else. Standard library and numpy
+dtypes only.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -20,8 +22,9 @@ HELD_OUT: tuple[Split, ...] = ("validation", "test")
 DOCUMENT_DTYPE = np.dtype(
     [("content_hash", "<u8", 2), ("source", "<i4"), ("offset", "<i8"), ("text_bytes", "<i8")]
 )
-"""One row a document in a shard's `.docs.npy`: content hash (128 bits), number of the source file in
-`DatasetManifest.sources`, byte offset of its line there (uncompressed), UTF-8 bytes of its text."""
+"""One row a document in a shard's `.docs.npy`: content hash (128 bits), number of the source file
+in `DatasetManifest.sources`, byte offset of its line there (uncompressed), UTF-8 bytes of its
+text."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,16 @@ def load_manifest(dataset_url: str) -> DatasetManifest:
 
     Raises:
         FileNotFoundError: the folder holds no manifest, so no finished dataset.
-        StorageError: another format or version, missing fields, or content that does not match its fingerprint.
+        StorageError: another format or version, missing fields, or content that does not match its
+            fingerprint.
     """
     url = join_url(dataset_url, NAME)
     try:
         found = read_json(url)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{url}: no such file; expected the folder of a finished dataset (run jobs.prepare_data, and name one of the "
+            f"{url}: no such file; expected the folder of a finished dataset (run "
+            "jobs.prepare_data, and name one of the "
             "folders it prints)"
         ) from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -115,17 +120,21 @@ def load_manifest(dataset_url: str) -> DatasetManifest:
     manifest = _from_json(found)
     if manifest.fingerprint != found.get("fingerprint"):
         raise StorageError(
-            f"{url}: fingerprint {found.get('fingerprint')} does not match the content; it was edited"
+            f"{url}: fingerprint {found.get('fingerprint')} does not match the content; it was "
+            "edited"
         )
     return manifest
 
 
+def shard_from_json(entry: dict[str, Any]) -> Shard:
+    """A shard from the plain values that records and manifests hold."""
+    files = {part: StoredFile(**entry[part]) for part in ("bin", "idx", "docs")}
+    return Shard(**{**entry, **files})
+
+
 def _from_json(found: dict[str, Any]) -> DatasetManifest:
     plain = {f.name: found[f.name] for f in fields(DatasetManifest)}
-    shards = tuple(
-        Shard(**(entry | {part: StoredFile(**entry[part]) for part in ("bin", "idx", "docs")}))
-        for entry in plain["shards"]
-    )
+    shards = tuple(shard_from_json(entry) for entry in plain["shards"])
     return DatasetManifest(
         **(
             plain

@@ -1,8 +1,8 @@
 """Preparation with Spark: loose JSON -> tokenized, padded, chunked retmmap datasets.
 
-Two passes over byte-range splits of the input, both `mapInArrow`: (1) content hashes, from which Spark finds exact
-duplicates; (2) tokenize and write. A task reads and writes through fsspec by itself; token ids never cross the JVM.
-The driver turns the tasks' records into manifests.
+Two passes over byte-range splits of the input, both `mapInArrow`: (1) content hashes, from which
+Spark finds exact duplicates; (2) tokenize and write. A task reads and writes through fsspec by
+itself; token ids never cross the JVM. The driver turns the tasks' records into manifests.
 
 Spark file. `etl/split_writer.py` does a task's work and knows nothing of Spark.
 """
@@ -19,10 +19,10 @@ from pyspark.sql import functions as sf
 
 from etl import manifest as manifests
 from etl.loose_json import BadRecordError, InputError, SourceFile, find_sources, plan_splits
-from etl.manifest import DatasetManifest, Shard, Split
+from etl.manifest import DatasetManifest, Shard, Split, shard_from_json
 from etl.retmmap import Layout, dtype_for_vocabulary
 from etl.split_writer import SPLITS, SplitTask, parse_weights
-from etl.storage import StageFolder, StoredFile, content_key, create_json, join_url, scratch_folder
+from etl.storage import StageFolder, content_key, create_json, join_url, scratch_folder
 from etl.tokenizer import EOD_TOKEN, ByteLevelTokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -34,21 +34,28 @@ class PrepareConfig:
     """What to read, how to cut it, where to put it.
 
     Attributes:
-        input_urls: Loose JSON file (.jsonl, .json, also .gz and .zst), folder or glob on any fsspec URL, or a list of them.
-        output_url: Folder for the datasets; each configuration and input gets a folder of its own inside.
-        tokenizer_url: A tokenizer.json, or a folder with it or with GPT-2's vocab.json and merges.txt.
+        input_urls: Loose JSON file (.jsonl, .json, also .gz and .zst), folder or glob on any fsspec
+            URL, or a list of them.
+        output_url: Folder for the datasets; each configuration and input gets a folder of its own
+            inside.
+        tokenizer_url: A tokenizer.json, or a folder with it or with GPT-2's vocab.json and
+            merges.txt.
         text_key: Field of a record that holds the text (NeMo's --json-keys).
-        split_key: Field that names a record's split: train, validation, test, or retrieval (in the retrieval dataset
-            only). Records without it are assigned by the hash of their text.
-        splits_string: Weights of train, validation, test and optionally retrieval for the assignment by hash.
+        split_key: Field that names a record's split: train, validation, test, or retrieval (in the
+            retrieval dataset only). Records without it are assigned by the hash of their text.
+        splits_string: Weights of train, validation, test and optionally retrieval for the
+            assignment by hash.
         split_seed: Another seed is another assignment by hash.
         chunk_size: Tokens of a chunk; documents are padded to a multiple of it.
-        stride: Distance of chunk starts in the retrieval dataset; divides chunk_size, which is the default.
+        stride: Distance of chunk starts in the retrieval dataset; divides chunk_size, which is the
+            default.
         append_eod: End every document with the end-of-document token.
         eod_token: That token's string in the tokenizer.
         nemo_padding: Always add at least one pad to a document, as NeMo does, byte for byte.
-        retrieval_db: Write the retrieval dataset: documents of train and of retrieval, never held-out ones.
-        duplicates: What happens to a document whose text occurred before (exactly): drop or keep it.
+        retrieval_db: Write the retrieval dataset: documents of train and of retrieval, never
+            held-out ones.
+        duplicates: What happens to a document whose text occurred before (exactly): drop or keep
+            it.
         on_bad_record: skip a record that cannot be used (counted and listed), or fail on the first.
         split_bytes: Input bytes of one Spark task and one shard; 32 to 128 MB for large inputs.
         dry_run: Check the inputs, print the plan and write nothing.
@@ -91,7 +98,8 @@ def prepare(config: PrepareConfig, session: Callable[[], SparkSession]) -> dict[
     `session` is called only if there is work left for Spark.
 
     Raises:
-        FileNotFoundError, InputError, TokenizerError, RetMMapError: inputs or options that cannot work.
+        FileNotFoundError, InputError, TokenizerError, RetMMapError: inputs or options that cannot
+            work.
         BadRecordError: a bad record, with on_bad_record = fail.
     """
     plan = _plan(config)
@@ -109,7 +117,12 @@ def prepare(config: PrepareConfig, session: Callable[[], SparkSession]) -> dict[
             _run_tasks(plan, missing, session())
         finished = _commit(plan)
     _warn_of_rejects(plan, finished)
-    return {"url": plan.folder.url, **{k: v for k, v in finished.items() if k != "files"}}
+    datasets = {
+        split: {"url": plan.folder.path_of(split), **entry}
+        for split, entry in finished["datasets"].items()
+    }
+    kept = {k: v for k, v in finished.items() if k != "files"}
+    return {"url": plan.folder.url, **kept, "datasets": datasets}
 
 
 def _plan(config: PrepareConfig) -> _Plan:
@@ -195,7 +208,9 @@ _HASHES = pa.schema(
 
 
 def _dropped_ordinals(plan: _Plan, spark: SparkSession) -> DataFrame:
-    """(index, dropped): for each split, the numbers of its documents whose text stands earlier in the input."""
+    """(index, dropped): for each split, the numbers of its documents whose text stands earlier in
+    the input.
+    """
     task = plan.task
     every = [(i,) for i in range(plan.num_splits)]
 
@@ -223,7 +238,9 @@ def _dropped_ordinals(plan: _Plan, spark: SparkSession) -> DataFrame:
 
 
 def _commit(plan: _Plan) -> dict[str, Any]:
-    """Manifests from the records of all splits, then the corpus record: from here on the datasets exist."""
+    """Manifests from the records of all splits, then the corpus record: from here on the datasets
+    exist.
+    """
     records = [plan.folder.record(plan.task.record_name(i)) for i in range(plan.num_splits)]
     if any(record is None for record in records):
         raise RuntimeError(
@@ -233,7 +250,9 @@ def _commit(plan: _Plan) -> dict[str, Any]:
     datasets: dict[str, Any] = {}
     for split in SPLITS:
         shards = [
-            _shard(record["shards"][split]) for record in complete if split in record["shards"]
+            shard_from_json(record["shards"][split])
+            for record in complete
+            if split in record["shards"]
         ]
         if shards:
             datasets[split] = _write_manifest(plan, split, tuple(shards))
@@ -250,10 +269,6 @@ def _commit(plan: _Plan) -> dict[str, Any]:
     }
     plan.folder.remove_scratch()
     return plan.folder.publish(_CORPUS, value)
-
-
-def _shard(entry: dict[str, Any]) -> Shard:
-    return Shard(**(entry | {part: StoredFile(**entry[part]) for part in ("bin", "idx", "docs")}))
 
 
 def _write_manifest(plan: _Plan, split: Split, shards: tuple[Shard, ...]) -> dict[str, Any]:
@@ -279,7 +294,6 @@ def _write_manifest(plan: _Plan, split: Split, shards: tuple[Shard, ...]) -> dic
     )
     create_json(folder.path_of(manifests.NAME), manifest.to_json())
     return {
-        "url": folder.url,
         "fingerprint": manifest.fingerprint,
         "shards": len(shards),
         "documents": manifest.num_documents,

@@ -1,9 +1,12 @@
-"""retmmap: padded token documents in one `.bin` and their chunk addresses in one `.idx`, memory-mapped.
+"""retmmap: padded token documents in one `.bin` and their chunk addresses in one `.idx`,
+memory-mapped.
 
-Written by the preparation job, read by every later stage. Byte-compatible with NeMo's RETRO files. numpy only.
+Written by the preparation job, read by every later stage. Byte-compatible with NeMo's RETRO files.
+numpy only.
 
     .bin   documents back to back, each padded with pad ids to a multiple of chunk_size;
-           in a retrieval file chunk_size more pads follow each document (room for the last chunk's continuation)
+           in a retrieval file chunk_size more pads follow each document (room for the last chunk's
+           continuation)
     .idx   offset  type      field
            0       9 bytes   b"MMIDRET\\0\\0"
            9       u32       version = 1
@@ -13,7 +16,8 @@ Written by the preparation job, read by every later stage. Byte-compatible with 
            26      u64       chunk_size
            34      u64       number of chunks M
            42      u8        1 for a retrieval file
-           43      i32[N]    size of each document in tokens, pads included, the extra retrieval chunk excluded
+           43      i32[N]    size of each document in tokens, with its pads, without the extra
+                             retrieval chunk
                    i64[N]    byte address of each document
                    i64[N]    id of each document's first chunk
                    i64[M]    byte address of each chunk
@@ -62,7 +66,8 @@ def dtype_code(dtype: Any) -> int:
     codes = [code for code, known in DTYPES.items() if known == wanted]
     if not codes:
         raise RetMMapError(
-            f"dtype {np.dtype(dtype)} has no code; use one of {sorted({str(d) for d in DTYPES.values()})}"
+            f"dtype {np.dtype(dtype)} has no code; use one of "
+            f"{sorted({str(d) for d in DTYPES.values()})}"
         )
     return codes[-1] if wanted.kind == "f" else codes[0]
 
@@ -88,7 +93,8 @@ class Layout:
         """stride defaults to chunk_size.
 
         Raises:
-            RetMMapError: chunk_size < 1, stride does not divide chunk_size, or dtype without a code.
+            RetMMapError: chunk_size < 1, stride does not divide chunk_size, or dtype without a
+                code.
         """
         layout = cls(
             chunk_size, chunk_size if stride is None else stride, dtype_code(dtype), retrieval_db
@@ -120,7 +126,9 @@ class Layout:
     def padded_sizes(
         self, lengths: NDArray[np.integer[Any]], nemo_padding: bool
     ) -> NDArray[np.int64]:
-        """[N] sizes after padding: the next multiple of chunk_size, or NeMo's, which always adds a pad."""
+        """[N] sizes after padding: the next multiple of chunk_size, or NeMo's, which always adds a
+        pad.
+        """
         c = self.chunk_size
         lengths = lengths.astype(np.int64)
         return (lengths // c + 1) * c if nemo_padding else -(-lengths // c) * c
@@ -178,8 +186,9 @@ def write_index(file: BinaryIO, layout: Layout, sizes: NDArray[np.int32]) -> int
 class RetMMapWriter:
     """Appends documents to an open `.bin` and writes the `.idx` at the end.
 
-    Documents come with their end-of-document token and without pads. nemo_padding adds at least one pad to every
-    document, a whole chunk to one that already is a multiple of chunk_size (NeMo's bytes).
+    Documents come with their end-of-document token and without pads. nemo_padding adds at least one
+    pad to every document, a whole chunk to one that already is a multiple of chunk_size (NeMo's
+    bytes).
     """
 
     def __init__(
@@ -201,20 +210,23 @@ class RetMMapWriter:
         """Appends documents laid end to end in `tokens`, `lengths` [n] tokens each.
 
         Raises:
-            RetMMapError: an empty document, one over 2^31 - 1 tokens, or an id that the dtype cannot hold.
+            RetMMapError: an empty document, one over 2^31 - 1 tokens, or an id that the dtype
+                cannot hold.
         """
         if len(lengths) == 0:
             return
         if lengths.min() < 1:
             raise RetMMapError(
-                f"document {int(lengths.argmin())} of the batch has no tokens; expected at least one"
+                f"document {int(lengths.argmin())} of the batch has no tokens; expected at least "
+                "one"
             )
         if lengths.sum() != len(tokens):
             raise RetMMapError(f"lengths add up to {lengths.sum()}, found {len(tokens)} tokens")
         sizes = self.layout.padded_sizes(lengths, self.nemo_padding)
         if sizes.max() > _MAX_DOCUMENT_TOKENS:
             raise RetMMapError(
-                f"a document of {sizes.max()} tokens; the format holds at most {_MAX_DOCUMENT_TOKENS}"
+                f"a document of {sizes.max()} tokens; the format holds at most "
+                f"{_MAX_DOCUMENT_TOKENS}"
             )
         self._check_range(tokens)
         occupied = sizes + self.layout.gap
@@ -246,13 +258,15 @@ class RetMMapWriter:
 class RetMMapReader:
     """A memory-mapped token file. Opening checks the header, both lengths and the document tables.
 
-    The document tables (20 bytes a document) are held in memory, tokens and chunk addresses are mapped. Arrays that come
-    back are copies in the file's dtype, except `get_document`, a read-only view of the map.
+    The document tables (20 bytes a document) are held in memory, tokens and chunk addresses are
+    mapped. Arrays that come back are copies in the file's dtype, except `get_document`, a read-only
+    view of the map.
 
     Raises:
         FileNotFoundError: no such file.
-        RetMMapError: wrong magic, version or dtype code; a file shorter or longer than the header promises; a size
-            that is not a multiple of chunk_size; tables that disagree with the sizes.
+        RetMMapError: wrong magic, version or dtype code; a file shorter or longer than the header
+            promises; a size that is not a multiple of chunk_size; tables that disagree with the
+            sizes.
     """
 
     def __init__(self, bin_path: str | Path, idx_path: str | Path) -> None:
@@ -276,7 +290,7 @@ class RetMMapReader:
                 path, f"{len(raw)} bytes; a retmmap header has {HEADER.size}. The file is truncated"
             )
         magic, version, stride, code, documents, chunk_size, chunks, retrieval = HEADER.unpack(
-            raw[: HEADER.size]
+            raw[: HEADER.size].tobytes()
         )
         if magic != MAGIC:
             raise self._fail(
@@ -299,7 +313,8 @@ class RetMMapReader:
             kind = "truncated" if len(raw) < expected else "over-long"
             raise self._fail(
                 path,
-                f"{len(raw)} bytes, but {documents} documents and {chunks} chunks need {expected}; the file is {kind}",
+                f"{len(raw)} bytes, but {documents} documents and {chunks} chunks need {expected}; "
+                f"the file is {kind}",
             )
         return layout, documents, chunks
 
@@ -313,7 +328,9 @@ class RetMMapReader:
         return tuple(tables)
 
     def _effective_layout(self, layout: Layout) -> Layout:
-        """Files from before the stride field were cut with stride = chunk_size, though they are read as 64."""
+        """Files from before the stride field were cut with stride = chunk_size, though they are
+        read as 64.
+        """
         if self.is_legacy and len(self.sizes):
             natural = replace(layout, stride=layout.chunk_size)
             if natural.chunk_counts(self.sizes).sum() == self.num_chunks:
@@ -329,7 +346,8 @@ class RetMMapReader:
             d = int(wrong[0])
             raise self._fail(
                 path,
-                f"document {d} has {sizes[d]} tokens; expected a positive multiple of chunk_size {c}",
+                f"document {d} has {sizes[d]} tokens; expected a positive multiple of chunk_size "
+                f"{c}",
             )
         first, addresses = (
             first_chunk_ids(self.layout, sizes),
@@ -366,7 +384,9 @@ class RetMMapReader:
         return _map(self.bin_path, self.layout.dtype)
 
     def check_chunk_addresses(self) -> None:
-        """Reads the whole chunk table and compares it with the sizes (opening does not: it can be gigabytes)."""
+        """Reads the whole chunk table and compares it with the sizes (opening does not: it can be
+        gigabytes).
+        """
         start = 0
         for block in chunk_address_blocks(self.layout, self.sizes):
             found = self.chunk_addresses[start : start + len(block)]
@@ -390,7 +410,8 @@ class RetMMapReader:
     def get_chunk(
         self, chunk_ids: int | slice | ArrayLike, continuation: bool = True
     ) -> NDArray[Any]:
-        """Tokens of chunks: [..., chunk_size], or [..., 2 chunk_size] from a retrieval file with `continuation`.
+        """Tokens of chunks: [..., chunk_size], or [..., 2 chunk_size] from a retrieval file with
+        `continuation`.
 
         Raises:
             IndexError: an id outside 0..num_chunks - 1.
@@ -408,7 +429,8 @@ class RetMMapReader:
     def _check_ids(self, ids: NDArray[np.int64]) -> None:
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_chunks):
             raise IndexError(
-                f"{self.idx_path}: chunk ids {ids.min()}..{ids.max()}; the file holds 0..{self.num_chunks - 1}"
+                f"{self.idx_path}: chunk ids {ids.min()}..{ids.max()}; the file holds "
+                f"0..{self.num_chunks - 1}"
             )
 
     def chunk_to_doc(self, chunk_ids: ArrayLike) -> NDArray[np.int64]:
@@ -459,7 +481,8 @@ def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 def merge(parts: Sequence[RetMMapReader], bin_file: BinaryIO, idx_file: BinaryIO) -> int:
     """Writes the documents of `parts` in order as one file; returns the number of chunks.
 
-    Byte-identical to writing all documents at once. Memory: 20 bytes a document and one copy buffer.
+    Byte-identical to writing all documents at once. Memory: 20 bytes a document and one copy
+    buffer.
 
     Raises:
         RetMMapError: no parts, or parts that differ in chunk_size, stride, dtype or kind.
@@ -469,7 +492,8 @@ def merge(parts: Sequence[RetMMapReader], bin_file: BinaryIO, idx_file: BinaryIO
     for part in parts[1:]:
         if part.layout != parts[0].layout:
             raise RetMMapError(
-                f"cannot merge {part.idx_path} ({part.layout}) with {parts[0].idx_path} ({parts[0].layout})"
+                f"cannot merge {part.idx_path} ({part.layout}) with {parts[0].idx_path} "
+                f"({parts[0].layout})"
             )
     for part in parts:
         for start in range(0, len(part.tokens), _BLOCK_CHUNKS):

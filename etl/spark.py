@@ -1,4 +1,5 @@
-"""The Spark session of `python -m jobs.X`: same settings file as spark-submit, a Java that works, this Python everywhere.
+"""The Spark session of `python -m jobs.X`: same settings file as spark-submit, a Java that works,
+this Python everywhere.
 
 Spark file: the only place besides `etl/prepare.py` that imports pyspark.
 """
@@ -16,7 +17,8 @@ CONF_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def spark_session(app_name: str) -> SparkSession:
-    """The running session (spark-submit, a notebook), or a new one set up by the repository's `spark-defaults.conf`.
+    """The running session (spark-submit, a notebook), or a new one set up by the repository's
+    `spark-defaults.conf`.
 
     Raises:
         JavaError: no usable Java.

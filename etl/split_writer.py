@@ -1,6 +1,8 @@
-"""What one preparation task does: read the records of a split, tokenize them, write its shard of every dataset.
+"""What one preparation task does: read the records of a split, tokenize them, write its shard of
+every dataset.
 
-A plain idempotent function of (task, split number); Spark only schedules it. A record announces the finished shards.
+A plain idempotent function of (task, split number); Spark only schedules it. A record announces the
+finished shards.
 """
 
 import hashlib
@@ -40,7 +42,8 @@ def parse_weights(splits_string: str) -> dict[Split, float]:
         weights = []
     if len(weights) not in (3, 4) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
         raise InputError(
-            f"splits_string is {splits_string!r}; expected three or four weights, as 98,1,1 (train, validation, test) "
+            f"splits_string is {splits_string!r}; expected three or four weights, as 98,1,1 "
+            "(train, validation, test) "
             "or 50,1,1,48 (and retrieval)"
         )
     weights += [0.0] * (4 - len(weights))
@@ -48,15 +51,16 @@ def parse_weights(splits_string: str) -> dict[Split, float]:
 
 
 def assign_split(content_hash: bytes, weights: dict[Split, float], seed: int) -> Split:
-    """The split of a document by the hash of its text: the same on any machine, in any order, for equal texts."""
+    """The split of a document by the hash of its text: the same on any machine, in any order, for
+    equal texts."""
     digest = hashlib.blake2b(content_hash, digest_size=8, key=str(seed).encode()).digest()
     position = int.from_bytes(digest, "little") / 2**64
-    chosen = [split for split in SPLITS if weights[split] > 0][-1]
+    last: Split = [split for split in SPLITS if weights[split] > 0][-1]
     for split in SPLITS:
         position -= weights[split]
         if position < 0:
             return split
-    return chosen
+    return last
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class SplitTask:
         return read_documents(self.sources, self.splits[index], self.text_key, self.split_key)
 
     def content_hashes(self, index: int) -> Iterator[NDArray[np.void]]:
-        """Blocks of HASH_DTYPE: the content hash and the ordinal of each usable record of the split."""
+        """Blocks of HASH_DTYPE: the content hash and the ordinal of each usable record of the
+        split."""
         block: list[tuple[int, int, int]] = []
         documents = (record for record in self.records(index) if isinstance(record, Document))
         for ordinal, document in enumerate(documents):
@@ -110,7 +115,8 @@ class SplitTask:
     def write(self, index: int, dropped: frozenset[int]) -> str | None:
         """Writes the split without the documents numbered in `dropped` and publishes its record.
 
-        Returns None, or with fail_on_bad_record the description of the first bad record (then nothing is published).
+        Returns None, or with fail_on_bad_record the description of the first bad record (then
+        nothing is published).
         """
         with scratch_folder(self.folder.url) as scratch:
             writer = _SplitWriter(self, scratch)
@@ -118,7 +124,8 @@ class SplitTask:
             for record in self.records(index):
                 if isinstance(record, Reject):
                     if self.fail_on_bad_record:
-                        return f"{self.sources[record.source].url} at byte {record.offset}: {record.reason}"
+                        place = f"{self.sources[record.source].url} at byte {record.offset}"
+                        return f"{place}: {record.reason}"
                     writer.reject(record)
                     continue
                 ordinal += 1
@@ -230,7 +237,7 @@ class _ShardWriter:
 
     def __init__(self, scratch: Path, split: Split, layout: Layout, task: SplitTask) -> None:
         self.paths = [scratch / f"{split}{suffix}" for suffix in (".bin", ".idx", ".docs.npy")]
-        self.file: IO[bytes] = open(self.paths[0], "wb")
+        self.file: IO[bytes] = open(self.paths[0], "wb")  # noqa: SIM115
         self.writer = RetMMapWriter(self.file, layout, task.tokenizer.pad_id, task.nemo_padding)  # type: ignore[arg-type]
         self.documents: list[NDArray[np.void]] = []
         self.num_tokens = 0

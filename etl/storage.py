@@ -1,8 +1,9 @@
 """Objects on any fsspec URL: atomic writes, create-only records, checksummed local copies.
 
-Every stage of the data path keeps its output in a `StageFolder`. Object stores have no rename, so a file is first
-written to local scratch, then stored under a name that contains its own hash (two attempts that differ never collide,
-two that agree are the same object), and only then announced by a small create-only record. Readers trust records.
+Every stage of the data path keeps its output in a `StageFolder`. Object stores have no rename, so a
+file is first written to local scratch, then stored under a name that contains its own hash (two
+attempts that differ never collide, two that agree are the same object), and only then announced by
+a small create-only record. Readers trust records.
 
 fsspec and the standard library only.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -38,7 +39,8 @@ class StorageError(ValueError):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One immutable object in a stage folder: its name there, its size in bytes and its sha256 (hex)."""
+    """One immutable object in a stage folder: its name there, its size in bytes and its sha256
+    (hex)."""
 
     name: str
     bytes: int
@@ -84,7 +86,7 @@ def read_bytes(url: str) -> bytes:
         FileNotFoundError: there is no such object.
     """
     filesystem, path = filesystem_of(url)
-    return filesystem.cat_file(path)
+    return bytes(cast(Any, filesystem.cat_file(path)))
 
 
 def read_json(url: str) -> Any:
@@ -103,7 +105,8 @@ def read_json(url: str) -> Any:
 
 
 def write_json(url: str, value: Any) -> None:
-    """Replaces the object with `value` as JSON; a reader sees the old value or the new one, never a part."""
+    """Replaces the object with `value` as JSON; a reader sees the old value or the new one, never a
+    part."""
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
     write_atomically(url, lambda file: file.write(data))
 
@@ -138,7 +141,8 @@ def _sync_folder(path: str) -> None:
 
 
 def create_json(url: str, value: Any) -> bool:
-    """Publishes `value` under `url` unless something is there already; True if this call published it."""
+    """Publishes `value` under `url` unless something is there already; True if this call published
+    it."""
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
     filesystem, path = filesystem_of(url)
     try:
@@ -167,7 +171,8 @@ def _create_local(path: str, data: bytes) -> None:
 
 @contextmanager
 def scratch_folder(url: str) -> Iterator[Path]:
-    """A local folder to write in before storing under `url`; on the same disk when `url` is local. Removed at exit."""
+    """A local folder to write in before storing under `url`; on the same disk when `url` is local.
+    Removed at exit."""
     filesystem, path = filesystem_of(url)
     if isinstance(filesystem, LocalFileSystem):
         scratch = Path(path) / f".scratch-{uuid.uuid4().hex}"
@@ -184,8 +189,8 @@ def scratch_folder(url: str) -> Iterator[Path]:
 class StageFolder:
     """The output of one stage: immutable files and the records that announce them.
 
-    `url` ends in a hash of everything that determines the content, so a changed configuration is another folder and
-    a finished one is never overwritten.
+    `url` ends in a hash of everything that determines the content, so a changed configuration is
+    another folder and a finished one is never overwritten.
     """
 
     url: str
@@ -194,7 +199,8 @@ class StageFolder:
         return join_url(self.url, name)
 
     def store(self, stem: str, *local: Path) -> list[StoredFile]:
-        """Moves (local destination) or uploads finished files as `stem-<hash of them all><suffixes of each>`."""
+        """Moves (local destination) or uploads finished files as `stem-<hash of them all><suffixes
+        of each>`."""
         digests = [sha256_of(path) for path in local]
         key = content_key(digests)[:16]
         stored = []
@@ -248,7 +254,8 @@ class StageFolder:
             raise StorageError(f"{url}: {found} bytes, its record says {file.bytes}")
 
     def fetch(self, file: StoredFile) -> Path:
-        """A local path with the file's content: the file itself if local, else a checksummed copy in the cache.
+        """A local path with the file's content: the file itself if local, else a checksummed copy
+        in the cache.
 
         Raises:
             StorageError: missing, of another size, or (a copy) of another sha256 than recorded.
@@ -260,7 +267,8 @@ class StageFolder:
         return _cached_copy(filesystem, path, file)
 
     def remove_scratch(self) -> None:
-        """Deletes what killed writers left in a local folder; call it once the stage is complete."""
+        """Deletes what killed writers left in a local folder; call it once the stage is
+        complete."""
         if is_local(self.url):
             for leftover in Path(filesystem_of(self.url)[1]).rglob(".scratch-*"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -289,7 +297,8 @@ def _cached_copy(filesystem: fsspec.AbstractFileSystem, path: str, file: StoredF
 
 
 def _evict(cache: Path, keep: Path) -> None:
-    """Removes the least recently used copies beyond the bound; open memory maps of them stay valid."""
+    """Removes the least recently used copies beyond the bound; open memory maps of them stay
+    valid."""
     bound = int(os.environ.get(CACHE_BYTES_VARIABLE) or DEFAULT_CACHE_BYTES)
     copies = sorted(
         (p for p in cache.iterdir() if len(p.name) == 64), key=lambda p: p.stat().st_mtime

@@ -1,4 +1,5 @@
-"""Byte-level BPE tokenizers: text to token ids and back, with the pad and end-of-document ids a dataset needs.
+"""Byte-level BPE tokenizers: text to token ids and back, with the pad and end-of-document ids a
+dataset needs.
 
 Used by preparation (encode), indexing (decode), evaluation (bytes of each token) and generation.
 """
@@ -28,9 +29,11 @@ class TokenizerError(ValueError):
 
 
 class ByteLevelTokenizer:
-    """A byte-level BPE tokenizer with a pad token (added when missing) and an end-of-document token.
+    """A byte-level BPE tokenizer with a pad token (added when missing) and an end-of-document
+    token.
 
-    Special-token strings inside text are encoded as ordinary text: a document cannot forge an end-of-document.
+    Special-token strings inside text are encoded as ordinary text: a document cannot forge an
+    end-of-document.
 
     Raises:
         TokenizerError: not byte-level BPE, or no end-of-document token.
@@ -43,7 +46,8 @@ class ByteLevelTokenizer:
             )
         if tokenizer.token_to_id(eod_token) is None:
             raise TokenizerError(
-                f"the tokenizer has no end-of-document token {eod_token!r}; name its own with eod_token"
+                f"the tokenizer has no end-of-document token {eod_token!r}; name its own with "
+                "eod_token"
             )
         if tokenizer.token_to_id(PAD_TOKEN) is None:
             tokenizer.add_special_tokens([AddedToken(PAD_TOKEN, special=True, normalized=False)])
@@ -52,8 +56,8 @@ class ByteLevelTokenizer:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.eod_token = eod_token
-        self.pad_id: int = tokenizer.token_to_id(PAD_TOKEN)
-        self.eod_id: int = tokenizer.token_to_id(eod_token)
+        self.pad_id = _id_of(tokenizer, PAD_TOKEN)
+        self.eod_id = _id_of(tokenizer, eod_token)
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
@@ -74,12 +78,14 @@ class ByteLevelTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode_batch(self, token_ids: NDArray[np.integer[Any]]) -> list[str]:
-        """Text of each row of ids [N, n], special tokens dropped; broken UTF-8 at the edges becomes U+FFFD."""
+        """Text of each row of ids [N, n], special tokens dropped; broken UTF-8 at the edges becomes
+        U+FFFD."""
         return self._tokenizer.decode_batch(token_ids.tolist(), skip_special_tokens=True)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes each id stands for; b"" for special tokens. Concatenated they are the text exactly."""
+        """The bytes each id stands for; b"" for special tokens. Concatenated they are the text
+        exactly."""
         table = [b""] * self.vocab_size
         to_byte = _byte_of_character()
         special = {
@@ -99,6 +105,12 @@ class ByteLevelTokenizer:
         return np.asarray([len(data) for data in self.token_bytes], np.int64)
 
 
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None
+    return found
+
+
 def _component_types(tokenizer: Tokenizer) -> set[str]:
     """Names of the pre-tokenizer's parts."""
     spec = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
@@ -113,7 +125,8 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def load_tokenizer(url: str, eod_token: str = EOD_TOKEN) -> ByteLevelTokenizer:
-    """Reads a `tokenizer.json`, or a folder with `tokenizer.json` or GPT-2's `vocab.json` and `merges.txt`.
+    """Reads a `tokenizer.json`, or a folder with `tokenizer.json` or GPT-2's `vocab.json` and
+    `merges.txt`.
 
     Raises:
         FileNotFoundError: none of these files is there.

@@ -1,6 +1,8 @@
-"""Dask: local worker processes or an existing scheduler, and a bounded way to run `f(task, i) -> record` on them.
+"""Dask: local worker processes or an existing scheduler, and a bounded way to run `f(task, i) ->
+record` on them.
 
-Dask only schedules: the functions are plain, idempotent and run without it just as well. dask is imported when used.
+Dask only schedules: the functions are plain, idempotent and run without it just as well. dask is
+imported when used.
 """
 
 import logging
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
@@ -25,7 +27,8 @@ _LOCAL_SETTINGS = {
     "distributed.worker.multiprocessing-method": "spawn",
     # Memory limits would count memory-mapped pages, and memory of torch that Dask cannot spill.
     "distributed.worker.memory.spill": False,
-    # Dask's default gives every freed megabyte back to the kernel; page faults then cost a fifth of embedding.
+    # Dask's default gives every freed megabyte back to the kernel; page faults then cost a fifth of
+    # embedding.
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 1 << 30,
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 1 << 30,
 }
@@ -40,7 +43,8 @@ class ClusterConfig:
     """Where the tasks run.
 
     Attributes:
-        scheduler_address: An existing Dask scheduler (tcp://host:8786); by default workers are started here.
+        scheduler_address: An existing Dask scheduler (tcp://host:8786); by default workers are
+            started here.
         num_workers: Local worker processes, each with one thread; by default one a core.
         dashboard_address: Port (":8787") of the local dashboard; ":0" takes a free one.
     """
@@ -57,21 +61,22 @@ def dask_client(config: ClusterConfig) -> Iterator["Client"]:
     Raises:
         ValueError: num_workers together with scheduler_address, where it could not take effect.
     """
-    import dask
+    from dask import config as dask_config
 
-    dask.config.set({"logging.distributed": "warning"})
+    dask_config.set({"logging.distributed": "warning"})
     from distributed import Client, LocalCluster
 
     if config.scheduler_address is not None:
         if config.num_workers is not None:
             raise ValueError(
-                "num_workers starts local workers; it has no effect on the cluster at scheduler_address"
+                "num_workers starts local workers; it has no effect on the cluster at "
+                "scheduler_address"
             )
         with Client(config.scheduler_address) as client:
             yield client
         return
     with (
-        dask.config.set(_LOCAL_SETTINGS),
+        dask_config.set(_LOCAL_SETTINGS),
         LocalCluster(
             n_workers=config.num_workers or os.cpu_count() or 1,
             threads_per_worker=1,
@@ -94,8 +99,8 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """Runs function(task, i) for every number; returns the records in the order of the numbers.
 
-    A bounded window of tasks is submitted at a time. A task that fails is tried again, then set aside while the
-    others finish.
+    A bounded window of tasks is submitted at a time. A task that fails is tried again, then set
+    aside while the others finish.
 
     Raises:
         ClusterError: tasks that failed for good, with the first cause.
@@ -104,7 +109,7 @@ def run_tasks(
     records: dict[int, dict[str, Any]] = {}
     failures: dict[int, BaseException] = {}
     for i, future in _completed(client, function, task, wanted, title):
-        error = future.exception()
+        error = cast("BaseException | None", future.exception())
         if error is None:
             records[i] = future.result()
         else:
@@ -128,13 +133,13 @@ def _completed(
 ) -> Iterator[tuple[int, "Future"]]:
     from distributed import as_completed
 
-    [shared] = client.scatter([task], broadcast=True, hash=False)
+    [shared] = cast(list[Any], client.scatter([task], broadcast=True, hash=False))
     waiting = iter(numbers)
     number_of: dict[str, int] = {}
 
     def submit(i: int) -> "Future":
         future = client.submit(function, shared, i, pure=False, retries=_RETRIES)
-        number_of[future.key] = i
+        number_of[str(future.key)] = i
         return future
 
     window = _WINDOW_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
@@ -143,7 +148,7 @@ def _completed(
         total=len(numbers), desc=title, file=sys.stderr, mininterval=2, dynamic_ncols=True
     ) as bar:
         for future in running:
-            yield number_of[future.key], future
+            yield number_of[str(future.key)], future
             bar.update()
             following = next(waiting, None)
             if following is not None:

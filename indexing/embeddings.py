@@ -1,7 +1,9 @@
-"""Embeddings of a dataset's chunks: one fp16 `.npy` block for every block_chunks chunk ids, written once.
+"""Embeddings of a dataset's chunks: one fp16 `.npy` block for every block_chunks chunk ids, written
+once.
 
-The embed stage of the index job writes them; training, adding, exact search and re-scoring read them. Vectors have unit
-length; a row of zeros is a chunk without text (all pads), which is never indexed and never a query.
+The embed stage of the index job writes them; training, adding, exact search and re-scoring read
+them. Vectors have unit length; a row of zeros is a chunk without text (all pads), which is never
+indexed and never a query.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,8 +26,9 @@ NAME = "embeddings.json"
 class EmbedTask:
     """What a worker needs to embed any block of a dataset; picklable.
 
-    `details` go into the manifest. Chunks that the dataset `reuse_dataset_url` holds too (same document, same tokens) are copied from its embeddings
-    `reuse_url` instead of being embedded again.
+    `details` go into the manifest. Chunks that the dataset `reuse_dataset_url` holds too (same
+    document, same tokens) are copied from its embeddings `reuse_url` instead of being embedded
+    again.
     """
 
     folder: StageFolder
@@ -41,7 +44,8 @@ class EmbedTask:
 
 
 def embed_block(task: EmbedTask, block: int) -> dict[str, Any]:
-    """Embeds chunk ids block * block_chunks onwards; returns the record, which an earlier attempt may have written."""
+    """Embeds chunk ids block * block_chunks onwards; returns the record, which an earlier attempt
+    may have written."""
     record = task.folder.record(task.record_name(block))
     if record is not None:
         return record
@@ -87,14 +91,16 @@ def _tokenizer_of(dataset: Dataset) -> ByteLevelTokenizer:
 
 
 def chunk_texts(tokens: NDArray[Any], tokenizer: ByteLevelTokenizer) -> list[str]:
-    """The text that stands for each chunk [N, chunk_size] in every search: its tokens decoded, specials dropped."""
+    """The text that stands for each chunk [N, chunk_size] in every search: its tokens decoded,
+    specials dropped."""
     return tokenizer.decode_batch(tokens)
 
 
 def _same_chunks(
     dataset: Dataset, ids: NDArray[np.int64], tokens: NDArray[Any], other: Dataset
 ) -> NDArray[np.int64]:
-    """For each chunk the id of the same chunk of the same document in `other`, -1 where there is none."""
+    """For each chunk the id of the same chunk of the same document in `other`, -1 where there is
+    none."""
     document = dataset.chunk_to_doc(ids)
     order = np.argsort(other.document_keys, kind="stable")
     keys = dataset.document_keys[document]
@@ -172,7 +178,8 @@ class Embeddings:
         return out
 
     def slices(self, start: int, stop: int) -> "list[tuple[int, NDArray[np.float16]]]":
-        """(first chunk id, vectors) of the blocks, or parts of them, that cover chunk ids start..stop-1."""
+        """(first chunk id, vectors) of the blocks, or parts of them, that cover chunk ids
+        start..stop-1."""
         parts = []
         for block in range(start // self.block_chunks, num_blocks(stop, self.block_chunks)):
             base = block * self.block_chunks

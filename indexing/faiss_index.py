@@ -1,7 +1,7 @@
 """Faiss: which index for how many vectors, training, adding shards, merging, searching. CPU Faiss.
 
-All vectors have unit length, so inner product is the cosine similarity. faiss is imported at the top: only modules that
-search may import this one.
+All vectors have unit length, so inner product is the cosine similarity. faiss is imported at the
+top: only modules that search may import this one.
 """
 
 from math import sqrt
@@ -23,7 +23,8 @@ class IndexBuildError(ValueError):
 
 
 def choose_factory(num_vectors: int) -> tuple[str, str]:
-    """(factory string, reason): exact search while that is affordable, inverted lists with 8-bit codes above."""
+    """(factory string, reason): exact search while that is affordable, inverted lists with 8-bit
+    codes above."""
     if num_vectors <= EXACT_VECTORS:
         return "Flat", f"{num_vectors} vectors are at most {EXACT_VECTORS}: exact search"
     lists = int(4 * sqrt(num_vectors))
@@ -36,7 +37,8 @@ def choose_factory(num_vectors: int) -> tuple[str, str]:
 def train_index(
     factory: str, embeddings: Embeddings, train_index_size: int, seed: int
 ) -> faiss.Index:
-    """A trained, empty index that takes explicit int64 ids. The sample is drawn without replacement.
+    """A trained, empty index that takes explicit int64 ids. The sample is drawn without
+    replacement.
 
     Raises:
         IndexBuildError: an unknown factory string, or too few vectors to train it.
@@ -67,7 +69,8 @@ def _training_sample(embeddings: Embeddings, size: int, seed: int) -> NDArray[np
 
 
 def add_rows(index: faiss.Index, embeddings: Embeddings, start: int, stop: int) -> None:
-    """Adds the vectors of chunk ids start..stop-1 under these ids; chunks without text are left out.
+    """Adds the vectors of chunk ids start..stop-1 under these ids; chunks without text are left
+    out.
 
     Raises:
         IndexBuildError: a vector is not finite (Faiss would lose it silently).

@@ -1,7 +1,7 @@
 """Stages of building an index: train on a sample, add shard i of n, merge, measure recall.
 
-Each stage is an idempotent function of (task, shard number) that publishes a record; Dask, Slurm arrays or a shell loop
-may schedule it. The embed stage before them is in `indexing/embeddings.py`.
+Each stage is an idempotent function of (task, shard number) that publishes a record; Dask, Slurm
+arrays or a shell loop may schedule it. The embed stage before them is in `indexing/embeddings.py`.
 """
 
 from dataclasses import asdict, dataclass
@@ -88,7 +88,8 @@ def merge(task: IndexTask, _: int = 0) -> dict[str, Any]:
     missing = [i for i, record in enumerate(records) if record is None]
     if missing:
         raise StorageError(
-            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; add them first"
+            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; add them "
+            "first"
         )
     index = faiss_index.merge_indexes(
         [_read(task, record) for record in records if record is not None]
@@ -112,7 +113,8 @@ def _nprobe(task: IndexTask, index: Any) -> int | None:
 
 
 def measure_recall(task: IndexTask, index: Any) -> dict[str, Any]:
-    """recall@k against exact search for a seeded sample of the indexed chunks, with its 95% half-width.
+    """recall@k against exact search for a seeded sample of the indexed chunks, with its 95%
+    half-width.
 
     A found chunk counts if it scores at least as high as the k-th best: ties are no misses.
     """

@@ -1,4 +1,5 @@
-"""The manifest of a finished KNN map: its file and the fingerprints of what it connects. Storage only.
+"""The manifest of a finished KNN map: its file and the fingerprints of what it connects. Storage
+only.
 
 The trainer opens a map through it, so a map never meets datasets that it was not made for.
 """
@@ -37,7 +38,8 @@ class BuiltMap:
             expected, found = self.manifest[f"{name}_fingerprint"], dataset.manifest.fingerprint
             if expected != found:
                 raise StorageError(
-                    f"{self.url} was made for the {name} dataset {expected}, but {dataset.url} is {found}; "
+                    f"{self.url} was made for the {name} dataset {expected}, but {dataset.url} is "
+                    f"{found}; "
                     "build the map again for these datasets, or name the ones it was made for"
                 )
 

@@ -1,6 +1,7 @@
 """KNN map: for each chunk of a training file, the ids of its neighbors in the retrieval file.
 
-Written by the KNN map job in shards and merged; read by the trainer. Byte-compatible with NeMo's RETRO. numpy only.
+Written by the KNN map job in shards and merged; read by the trainer. Byte-compatible with NeMo's
+RETRO. numpy only.
 
     offset  type      field
     0       9 bytes   b"KNNRETM\\0\\0"
@@ -13,6 +14,7 @@ Written by the KNN map job in shards and merged; read by the trainer. Byte-compa
 
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,7 +64,8 @@ class KNNMap:
 
     Raises:
         FileNotFoundError: no such file.
-        KNNMapError: wrong magic or version, K = 0, or a file shorter or longer than its header promises.
+        KNNMapError: wrong magic or version, K = 0, or a file shorter or longer than its header
+            promises.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,7 +73,8 @@ class KNNMap:
         raw = np.fromfile(self.path, np.uint8, HEADER.size).tobytes()
         if len(raw) < HEADER.size:
             raise KNNMapError(
-                f"{path}: {len(raw)} bytes; a KNN map header has {HEADER.size}. The file is truncated"
+                f"{path}: {len(raw)} bytes; a KNN map header has {HEADER.size}. The file is "
+                "truncated"
             )
         magic, version, k, rows, self.chunk_start = HEADER.unpack(raw)
         if magic != MAGIC:
@@ -85,7 +89,8 @@ class KNNMap:
         if found != expected:
             kind = "truncated" if found < expected else "over-long"
             raise KNNMapError(
-                f"{path}: {found} bytes, but {rows} rows of K={k} need {expected}; the file is {kind}"
+                f"{path}: {found} bytes, but {rows} rows of K={k} need {expected}; the file is "
+                f"{kind}"
             )
         self.neighbors: NDArray[np.int64] = self._map(rows, k)
 
@@ -115,7 +120,8 @@ class KNNMap:
         ids = np.asarray(chunk_ids, np.int64)
         if ids.size and (ids.min() < self.chunk_start or ids.max() >= self.chunk_stop):
             raise IndexError(
-                f"{self.path}: chunks {ids.min()}..{ids.max()}; the map holds {self.chunk_start}..{self.chunk_stop - 1}"
+                f"{self.path}: chunks {ids.min()}..{ids.max()}; the map holds "
+                f"{self.chunk_start}..{self.chunk_stop - 1}"
             )
         return np.array(self.neighbors[ids - self.chunk_start])
 
@@ -125,7 +131,8 @@ class KNNMap:
             block = self.neighbors[start : start + _BLOCK_ROWS]
             if block.min() < NO_NEIGHBOR or block.max() >= num_chunks:
                 raise KNNMapError(
-                    f"{self.path}: ids {block.min()}..{block.max()} in rows from {start}; expected -1..{num_chunks - 1}"
+                    f"{self.path}: ids {block.min()}..{block.max()} in rows from {start}; expected "
+                    f"-1..{num_chunks - 1}"
                 )
 
 
@@ -138,7 +145,7 @@ def merge(parts: Sequence[KNNMap], file: BinaryIO) -> None:
     if not parts:
         raise KNNMapError("nothing to merge: expected at least one map")
     ordered = sorted(parts, key=lambda part: (part.chunk_start, part.rows))
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if before.k != after.k:
             raise KNNMapError(
                 f"{after.path} has K={after.k}, {before.path} has K={before.k}; expected one K"
@@ -146,7 +153,8 @@ def merge(parts: Sequence[KNNMap], file: BinaryIO) -> None:
         if after.chunk_start != before.chunk_stop:
             kind = "overlap" if after.chunk_start < before.chunk_stop else "leave a gap"
             raise KNNMapError(
-                f"{before.path} ends at chunk {before.chunk_stop}, {after.path} starts at {after.chunk_start}: they {kind}"
+                f"{before.path} ends at chunk {before.chunk_stop}, {after.path} starts at "
+                f"{after.chunk_start}: they {kind}"
             )
     write_header(file, ordered[0].k, sum(part.rows for part in ordered), ordered[0].chunk_start)
     for part in ordered:

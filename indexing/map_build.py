@@ -1,7 +1,7 @@
 """Stages of building a KNN map: search query shard i of n, merge.
 
-Queries are the embeddings of the training dataset's chunks; the index holds the retrieval dataset's. Both stages are
-idempotent functions that publish a record.
+Queries are the embeddings of the training dataset's chunks; the index holds the retrieval
+dataset's. Both stages are idempotent functions that publish a record.
 """
 
 from dataclasses import asdict, dataclass
@@ -58,7 +58,8 @@ def neighbor_finder(
 
 
 def search(task: MapTask, shard_id: int) -> dict[str, Any]:
-    """Finds the neighbors of query shard `shard_id` of total_shards and stores them as a map of its own."""
+    """Finds the neighbors of query shard `shard_id` of total_shards and stores them as a map of its
+    own."""
     name = task.shard_record(shard_id)
     record = task.folder.record(name)
     if record is not None:
@@ -96,7 +97,8 @@ def merge(task: MapTask, _: int = 0) -> dict[str, Any]:
     if len(records) < task.total_shards:
         missing = [i for i, record in enumerate(found) if record is None]
         raise StorageError(
-            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; search them first"
+            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; search "
+            "them first"
         )
     paths = [task.folder.fetch(StoredFile(**record["files"]["map"])) for record in records]
     scores = [

@@ -1,6 +1,8 @@
-"""From search results to neighbors: own documents filtered out, exact order, every row filled that can be filled.
+"""From search results to neighbors: own documents filtered out, exact order, every row filled that
+can be filled.
 
-Used by the KNN map job and by live retrieval: one definition of which chunk is a neighbor. numpy only.
+Used by the KNN map job and by live retrieval: one definition of which chunk is a neighbor. numpy
+only.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ _SCORED_PAIRS = 1 << 14
 def take_first(
     candidates: NDArray[np.int64], banned: NDArray[np.bool_], k: int
 ) -> NDArray[np.int64]:
-    """[N, k] the first k candidates [N, M] of each row that are not banned [N, M], in order; -1 where they run out.
+    """[N, k] the first k candidates [N, M] of each row that are not banned [N, M], in order; -1
+    where they run out.
 
     A candidate -1 that is not banned keeps its place (NeMo's rule).
     """
@@ -38,9 +41,11 @@ def take_first(
 
 
 def exact_scores(queries: NDArray[np.float16], vectors: NDArray[np.float16]) -> NDArray[np.int64]:
-    """[N, M] inner products of queries [N, D] with vectors [N, M, D], as exact integers in units of 2^-48.
+    """[N, M] inner products of queries [N, D] with vectors [N, M, D], as exact integers in units of
+    2^-48.
 
-    fp16 values of unit vectors are multiples of 2^-24, so the products are integers that no order of summation changes:
+    fp16 values of unit vectors are multiples of 2^-24, so the products are integers that no order
+    of summation changes:
     the ranking is the same on every machine and for every way of sharding.
     """
     scores = np.empty(vectors.shape[:2], np.int64)
@@ -61,9 +66,9 @@ def _as_integers(vectors: NDArray[np.float16]) -> NDArray[np.int64]:
 class NeighborFinder:
     """Finds the K best chunks of other documents, ordered by (score descending, id ascending).
 
-    `search` proposes candidates by approximate float scores; `rows` gives the stored vectors of chunk ids for the exact
-    order; `keys` the documents they belong to. `total` is the number of chunks that can be found; margin more candidates
-    than K are asked for at first.
+    `search` proposes candidates by approximate float scores; `rows` gives the stored vectors of
+    chunk ids for the exact order; `keys` the documents they belong to. `total` is the number of
+    chunks that can be found; margin more candidates than K are asked for at first.
     """
 
     search: Search
@@ -75,10 +80,12 @@ class NeighborFinder:
     def find(
         self, queries: NDArray[np.float16], k: int, own_keys: NDArray[np.uint64] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(ids [N, k], scores [N, k]) for queries [N, D]; chunks of the document own_keys[n] are not neighbors of n.
+        """(ids [N, k], scores [N, k]) for queries [N, D]; chunks of the document own_keys[n] are
+        not neighbors of n.
 
-        A row whose filter left too few, or whose last place is tied with the end of the candidates, is searched again
-        with more candidates until it is settled or everything was looked at. Rows of zeros get no neighbors.
+        A row whose filter left too few, or whose last place is tied with the end of the candidates,
+        is searched again with more candidates until it is settled or everything was looked at. Rows
+        of zeros get no neighbors.
         """
         ids = np.full((len(queries), k), NO_NEIGHBOR, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)

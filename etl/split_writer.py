@@ -55,12 +55,12 @@ def assign_split(content_hash: bytes, weights: dict[Split, float], seed: int) ->
     equal texts."""
     digest = hashlib.blake2b(content_hash, digest_size=8, key=str(seed).encode()).digest()
     position = int.from_bytes(digest, "little") / 2**64
-    last: Split = [split for split in SPLITS if weights[split] > 0][-1]
+    possible: list[Split] = [split for split in SPLITS if weights[split] > 0]
     for split in SPLITS:
         position -= weights[split]
         if position < 0:
             return split
-    return last
+    return possible[-1]
 
 
 @dataclass(frozen=True)

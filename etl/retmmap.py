@@ -1,12 +1,10 @@
-"""retmmap: padded token documents in one `.bin` and their chunk addresses in one `.idx`,
-memory-mapped.
+"""retmmap: padded token documents in one `.bin`, their chunk addresses in one `.idx`.
 
 Written by the preparation job, read by every later stage. Byte-compatible with NeMo's RETRO files.
 numpy only.
 
     .bin   documents back to back, each padded with pad ids to a multiple of chunk_size;
-           in a retrieval file chunk_size more pads follow each document (room for the last chunk's
-           continuation)
+           in a retrieval file chunk_size more pads follow each document, as a continuation
     .idx   offset  type      field
            0       9 bytes   b"MMIDRET\\0\\0"
            9       u32       version = 1
@@ -349,10 +347,8 @@ class RetMMapReader:
                 f"document {d} has {sizes[d]} tokens; expected a positive multiple of chunk_size "
                 f"{c}",
             )
-        first, addresses = (
-            first_chunk_ids(self.layout, sizes),
-            document_addresses(self.layout, sizes),
-        )
+        first = first_chunk_ids(self.layout, sizes)
+        addresses = document_addresses(self.layout, sizes)
         if first[-1] != self.num_chunks:
             raise self._fail(
                 path, f"header says {self.num_chunks} chunks, the document sizes give {first[-1]}"

@@ -129,8 +129,12 @@ def _text(value: Any) -> str:
 
 
 def _execute(command: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
-    """The JSON object on the last line of the command's output; its progress goes to our stderr."""
-    shown = shlex.join(["python", *command[1:]])
+    """The JSON object on the last line of the command's output; its progress goes to our stderr.
+
+    The command is shown without our Dask workers, so that it can be typed again when they are gone.
+    """
+    own = "--cluster.scheduler_address="
+    shown = shlex.join(["python", *(part for part in command[1:] if not part.startswith(own))])
     print(f"\n$ {shown}", file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     lines = done.stdout.strip().splitlines()

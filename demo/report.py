@@ -124,19 +124,24 @@ def _facts_sentence(report: dict[str, Any]) -> str:
     return start + "Retrieval is not used yet: train longer (DEMO_MINUTES)."
 
 
+def _modes(report: dict[str, Any]) -> list[str]:
+    """The columns of the table: `longer` only if that decoder was trained."""
+    return [mode for mode in MODES if mode in report["eval"]["text"]]
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(label, cells) of the results table."""
     rows = []
     for row, label in (("text", "natural text"), ("facts", "facts (answers)")):
         found = report["eval"][row]
-        cells = [f"{found[m]['loss']:.3f}" if m in found else "–" for m in MODES]
+        cells = [f"{found[mode]['loss']:.3f}" for mode in _modes(report)]
         guess = f"{found['entropy']:.3f}" if "entropy" in found else "–"
         rows.append((label, [*cells, guess]))
     return rows
 
 
 def _terminal_table(report: dict[str, Any]) -> str:
-    heads = [*MODES, "a guess"]
+    heads = [*_modes(report), "a guess"]
     lines = ["", "loss in nats a token   " + "".join(f"{head:>10}" for head in heads)]
     for label, cells in _rows(report):
         lines.append(f"{label:<23}" + "".join(f"{cell:>10}" for cell in cells))
@@ -149,7 +154,7 @@ def _page(root: Path, report: dict[str, Any], results: dict[str, dict[str, Any]]
     )
     return environment.get_template("report.html.j2").render(
         report=report,
-        heads=[*MODES, "a guess"],
+        heads=[*_modes(report), "a guess"],
         rows=_rows(report),
         curves=_loss_curves(root),
         histogram=_similarities(results),

@@ -1,0 +1,86 @@
+"""The training job as users start it: under torchrun, on one rank and on two, stopped and resumed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import load_model
+from model.retro import is_retrieval_parameter
+from tests.model.conftest import data  # noqa: F401
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+STEPS = 6
+
+
+def pretrain(output, data, ranks, *options):  # noqa: F811
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", "-m", "jobs.pretrain", f"--output_url={output}"]
+    command += [f"--data.train_url={data.training.url}", "--data.seq_length=64"]
+    command += ["--model.hidden_size=32", "--model.ffn_hidden_size=64"]
+    command += ["--model.num_attention_heads=2", "--model.dec_num_layers=3"]
+    command += [f"--trainer.max_steps={STEPS}", "--trainer.global_batch_size=4"]
+    command += ["--trainer.micro_batch_size=2", "--trainer.save_interval=3"]
+    command += ["--trainer.log_interval=1", "--optim.warmup_steps=2", "--optim.lr=1e-2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def retrieval_options(data, *more):  # noqa: F811
+    return (
+        f"--data.retrieval_url={data.retrieval.url}",
+        f"--data.train_map_url={data.map.url}",
+        "--model.dec_cross_attention=[1]",
+        "--model.enc_num_layers=1",
+        "--model.enc_cross_attention=[0]",
+        *more,
+    )
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def single(data, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("single")
+    result = pretrain(folder, data, 1, *retrieval_options(data))
+    assert result["steps"] == STEPS
+    assert result["tokens"] == STEPS * 4 * 64
+    return folder
+
+
+def test_loss_falls_and_two_ranks_train_as_one(single, data, tmp_path):  # noqa: F811
+    assert pretrain(tmp_path, data, 2, *retrieval_options(data))["world_size"] == 2
+    one, two = losses(single), losses(tmp_path)
+    assert one.keys() == two.keys() == set(range(1, STEPS + 1))
+    assert one[STEPS] < one[1] - 0.3
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-3
+
+
+def test_a_run_that_lost_its_last_checkpoint_repeats_the_steps(single, data, tmp_path):  # noqa: F811
+    pretrain(tmp_path, data, 1, *retrieval_options(data))
+    (tmp_path / "checkpoints" / f"step-{STEPS:08d}.json").unlink()
+    pretrain(tmp_path, data, 2, *retrieval_options(data))
+    whole, resumed = losses(single), losses(tmp_path)
+    assert resumed.keys() == whole.keys()
+    assert max(abs(whole[step] - resumed[step]) for step in whole) < 1e-3
+
+
+def test_fitting_retrieval_leaves_the_decoder_as_it_was(data, tmp_path):  # noqa: F811
+    pretrain(tmp_path / "plain", data, 1, "--model.dec_cross_attention=[]")
+    fitted = ("--trainable=retrieval", f"--init_url={tmp_path / 'plain'}")
+    pretrain(tmp_path / "retro", data, 2, *retrieval_options(data, *fitted))
+    plain, retro = load_model(str(tmp_path / "plain")), load_model(str(tmp_path / "retro"))
+    weights = dict(plain.named_parameters())
+    for name, parameter in retro.named_parameters():
+        assert is_retrieval_parameter(name) or torch.equal(parameter, weights[name]), name
+    tokens = torch.arange(2, 66)[None]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    assert torch.equal(plain(tokens, mask), retro(tokens, mask))
+    assert losses(tmp_path / "retro")[STEPS] < losses(tmp_path / "retro")[1]

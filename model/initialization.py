@@ -52,22 +52,18 @@ def standard_deviation(name: str, config: RetroConfig) -> float:
 
 
 def start_retrieval_from_decoder(model: Retro) -> None:
-    """Weights from which retrieval parts learn quickly on a frozen decoder: they start as a pointer
-    that copies.
+    """Weights from which retrieval parts learn quickly on a frozen decoder: a pointer that copies.
 
     * The encoder starts as the identity: its layers write nothing into their residual streams yet,
-        so an encoded neighbor
-      token is its normalised embedding.
+      so an encoded neighbor token is its normalised embedding.
     * Queries, keys and values of chunked cross-attention start as identities, queries and keys only
-    on the entries of a
-      head that rotary positions leave alone (there are some if heads are wider than 32). A decoder
-      state resembles the embeddings of the tokens it predicts, so a query finds neighbor tokens
-      that are likely to come next.
+      on the entries of a head that rotary positions leave alone (there are some if heads are wider
+      than 32). A decoder state resembles the embeddings of the tokens it predicts, so a query finds
+      neighbor tokens that are likely to come next.
     * The output projection starts as a multiple of the identity: what was found is written in the
-        direction of its own
-      embedding, which raises its logit.
+      direction of its own embedding, which raises its logit.
     * The norm that replaces post_attention_layernorm starts as a copy of it, so that the MLPs see
-    what they were trained on.
+      what they were trained on.
     """
     config = model.config
     assert model.encoder is not None

@@ -4,6 +4,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from tests.small_data import Data, chosen_map, prepare_plainly
+
 TRAINING_TEXT = [
     "the harbor light of the old town turns slowly over the water",
     "a letter from the north came with the morning boat",
@@ -42,6 +44,13 @@ def tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_url(tokenizer_folder):
     return str(tokenizer_folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer_url, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    training, retrieval = prepare_plainly(folder, tokenizer_url)
+    return Data(training, retrieval, chosen_map(folder, training, retrieval))
 
 
 @pytest.fixture(scope="session")

@@ -275,6 +275,7 @@ def _train(
         "data.validation_map_url": results["knn-validation"]["map_url"],
         "data.neighbors": NEIGHBORS,
         **{f"model.{name}": value for name, value in _RETRIEVAL_SHAPE.items()},
+        "trainer.copy_warmup_steps": 40,
         "init_url": root / "plain",
         "trainable": "retrieval",
     }

@@ -2,6 +2,8 @@
 (nccl)."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +29,8 @@ def process_group(device: str) -> Iterator[DeviceMesh]:
         ("MASTER_PORT", "0"),
     ):
         os.environ.setdefault(name, value)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -34,6 +38,14 @@ def process_group(device: str) -> Iterator[DeviceMesh]:
         yield init_device_mesh(device, (dist.get_world_size(),))
     finally:
         dist.destroy_process_group()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this rank when its launcher is gone. torchrun starts ranks in sessions of their own, so
+    they would outlive a launcher that was killed and write beside its successor."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def shard(model: Retro, mesh: DeviceMesh, precision: Precision) -> None:

@@ -1,10 +1,10 @@
-"""Training samples: consecutive tokens of a dataset with the neighbors of every chunk. numpy only.
+"""Training samples: consecutive tokens of a dataset with the neighbors of every chunk.
 
 Sample j = tokens [j S, j S + S] of the dataset's token stream, documents packed with their pads.
 The KNN map is keyed by chunk, so it serves any sequence length, order or batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,20 @@ class TensorBatch:
     loss_mask: torch.Tensor
     neighbors: torch.Tensor | None
     neighbors_mask: torch.Tensor | None
+
+
+def only_copies(batch: Batch) -> Batch:
+    """The same batch, counting only labels that stand in a neighbor their position can attend to:
+    one of the last completed chunk."""
+    assert batch.neighbors is not None
+    assert batch.neighbors_mask is not None
+    size, chunks, chunk_size = *batch.neighbors.shape[:2], batch.neighbors.shape[-1] // 2
+    held = np.zeros_like(batch.loss_mask)
+    found = np.where(batch.neighbors_mask, batch.neighbors, -1).reshape(size, chunks, -1)
+    for b, u in np.ndindex(size, chunks):
+        places = slice(chunk_size * (u + 1) - 1, chunk_size * (u + 2) - 1)
+        held[b, places] = np.isin(batch.labels[b, places], found[b, u])
+    return replace(batch, loss_mask=batch.loss_mask & held)
 
 
 class SampleReader:

@@ -19,14 +19,13 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model.checkpoint import latest_checkpoint, resume, save_checkpoint
-from model.copy_task import copy_batch
 from model.evaluation import LossSums, batches_of, loss_sums, token_losses
 from model.metrics import MetricsLog
 from model.optimizer import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from model.parallel import all_reduce_sum
 from model.retro import Retro
 from model.sampler import sample_ids
-from model.samples import Batch, SampleReader
+from model.samples import Batch, SampleReader, only_copies
 
 log = logging.getLogger(__name__)
 _MEASURED_STEPS = 20
@@ -47,8 +46,8 @@ class TrainerConfig:
             keeps it.
         global_batch_size: Samples a step, over all ranks.
         micro_batch_size: Samples of one forward and backward pass on one rank.
-        copy_warmup_steps: First steps on the synthetic copy task, which teach the model to attend
-            to neighbors.
+        copy_warmup_steps: First steps, in which only labels count that a neighbor in sight holds:
+            what can be copied is learned before what cannot.
         seed: Of initial weights and sample order.
         log_interval: Steps between metrics.
         val_interval: Steps between validations; there is always one at the end.
@@ -215,27 +214,11 @@ class Trainer:
         """This rank's share of the step's samples."""
         config = self.config
         first = self.step * config.global_batch_size + self.rank * self.per_rank
+        ids = sample_ids(first, self.per_rank, self.train_reader.num_samples, config.seed)
+        parts = ids.reshape(-1, config.micro_batch_size)
+        batches = [self.train_reader.read(part) for part in parts]
         warmup = self.step < config.copy_warmup_steps
-        places = np.arange(first, first + self.per_rank)
-        if not warmup:
-            first -= config.copy_warmup_steps * config.global_batch_size
-            places = sample_ids(first, self.per_rank, self.train_reader.num_samples, config.seed)
-        parts = places.reshape(-1, config.micro_batch_size)
-        return [
-            self._copy_batch(part) if warmup else self.train_reader.read(part) for part in parts
-        ]
-
-    def _copy_batch(self, numbers: Any) -> Batch:
-        """Copy-task samples; the shift of the copied text grows over the warm-up."""
-        assert self.train_reader.retrieval is not None
-        manifest, m = self.train_reader.dataset.manifest, self.model.config.chunk_size
-        special = (manifest.pad_id, manifest.eod_id)
-        tokens = np.setdiff1d(np.arange(self.model.config.vocab_size), special)
-        max_shift = m * self.step // self.config.copy_warmup_steps
-        neighbors = self.train_reader.retrieval.neighbors
-        return copy_batch(
-            numbers, self.train_reader.seq_length, m, neighbors, tokens, max_shift, self.config.seed
-        )
+        return [only_copies(batch) for batch in batches] if warmup else batches
 
     def _validate(self, metrics: MetricsLog | None) -> dict[str, float]:
         """Validation losses over all ranks, with retrieval on (if the model has it) and off."""

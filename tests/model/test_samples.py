@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from etl.storage import StorageError
-from model.samples import NeighborReader, RandomNeighborReader, SampleError, SampleReader
+from model.samples import (
+    NeighborReader,
+    RandomNeighborReader,
+    SampleError,
+    SampleReader,
+    only_copies,
+)
 
 LENGTH = 64
 
@@ -82,3 +88,16 @@ def test_maps_and_lengths_that_do_not_fit_are_refused(data):
         SampleReader(data.training, LENGTH + 1)
     with pytest.raises(SampleError, match="retrieval dataset"):
         SampleReader(data.retrieval, LENGTH)
+
+
+def test_copies_are_labels_in_a_neighbor_of_the_last_completed_chunk(reader):
+    whole = reader.read(np.arange(reader.num_samples))
+    copies = only_copies(whole).loss_mask
+    size = whole.neighbors.shape[-1] // 2
+    for b, i in np.ndindex(copies.shape):
+        chunk = (i + 1) // size - 1
+        held = set()
+        if chunk >= 0:
+            held = set(whole.neighbors[b, chunk][whole.neighbors_mask[b, chunk]].tolist())
+        assert copies[b, i] == (whole.loss_mask[b, i] and whole.labels[b, i] in held)
+    assert 0 < copies.sum() < whole.loss_mask.sum()

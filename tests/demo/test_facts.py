@@ -1,0 +1,60 @@
+import re
+from collections import Counter
+from math import exp, log
+
+import pytest
+
+from demo.facts import ANSWER_PATTERN, VALUES, guess_entropy, make_facts
+
+TRAIN, VALIDATION, TEST = 300, 20, 30
+
+
+@pytest.fixture(scope="module")
+def records():
+    return list(make_facts(TRAIN, VALIDATION, TEST))
+
+
+def test_each_place_is_stated_in_retrieval_and_asked_for_in_its_split(records):
+    assert Counter(r["split"] for r in records) == {
+        "retrieval": TRAIN + VALIDATION + TEST,
+        "train": TRAIN,
+        "validation": VALIDATION,
+        "test": TEST,
+    }
+    by_place = Counter(r["id"].split("/")[0] for r in records)
+    assert set(by_place.values()) == {2}
+
+
+def test_held_out_places_occur_in_no_training_document(records):
+    held_out = {r["id"].split("/")[0] for r in records if r["split"] in ("validation", "test")}
+    words = set(re.findall(r"\w+", " ".join(r["text"] for r in records if r["split"] == "train")))
+    assert not held_out & words
+
+
+def test_questions_have_one_answer_an_attribute_and_the_statement_holds_it(records):
+    statements = {r["id"].split("/")[0]: r["text"] for r in records if r["split"] == "retrieval"}
+    for record in (r for r in records if r["split"] != "retrieval"):
+        found = dict(re.findall(r"\n([a-z]+) ([^\n]+)", record["text"]))
+        assert found.keys() == VALUES.keys()
+        assert re.findall(ANSWER_PATTERN, record["text"]) == list(found.values())
+        introduction = record["text"].split("\n")[0]
+        for attribute, value in found.items():
+            assert value in VALUES[attribute]
+            assert value in statements[record["id"].split("/")[0]]
+            assert not re.search(rf"\b{value}\b", introduction)
+
+
+def test_a_guess_costs_what_uniform_values_cost(records):
+    """The empirical entropy of the drawn values is close to the uniform one."""
+    texts = [r["text"] for r in records if r["split"] != "retrieval"]
+    places, total = len(texts), 0.0
+    for attribute in VALUES:
+        values = Counter(re.search(rf"\n{attribute} ([^\n]+)", text).group(1) for text in texts)
+        total -= sum(n / places * log(n / places) for n in values.values())
+    assert total == pytest.approx(guess_entropy(), rel=0.05)
+    assert exp(guess_entropy()) == pytest.approx(40 * 20 * 20 * 30 * 20 * 12)
+
+
+def test_facts_depend_on_the_seed_alone(records):
+    assert list(make_facts(TRAIN, VALIDATION, TEST)) == records
+    assert list(make_facts(TRAIN, VALIDATION, TEST, seed=1)) != records

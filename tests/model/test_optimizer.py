@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from model.checkpoint import freeze_decoder
+from model.optimizer import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from model.retro import is_retrieval_parameter
+from tests.model.test_causality import tiny
+
+CONFIG = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=4)
+
+
+def test_learning_rate_rises_to_the_peak_and_falls_to_its_share():
+    rates = [learning_rate(CONFIG, step, 20) for step in range(21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[12] == pytest.approx(0.55)
+    assert rates[20] == pytest.approx(0.1)
+    assert learning_rate(CONFIG, 99, 20) == pytest.approx(0.1)
+
+
+def test_norms_and_biases_are_not_decayed_and_nothing_is_left_out():
+    model = tiny()
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, exempt = build_optimizer(CONFIG, model).param_groups
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
+    assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in exempt["params"])
+    assert len(decayed["params"]) + len(exempt["params"]) == len(names)
+
+
+def test_a_frozen_decoder_is_not_optimized():
+    model = tiny()
+    freeze_decoder(model)
+    chosen = {
+        id(p) for group in build_optimizer(CONFIG, model).param_groups for p in group["params"]
+    }
+    expected = {id(p) for name, p in model.named_parameters() if is_retrieval_parameter(name)}
+    assert chosen == expected
+    assert 0 < len(chosen) < len(list(model.parameters()))
+
+
+def test_groups_keep_their_multiple_of_the_learning_rate():
+    optimizer = build_optimizer(CONFIG, torch.nn.Linear(2, 2))
+    optimizer.param_groups[0]["lr_mult"] = 0.5
+    set_learning_rate(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]

@@ -8,12 +8,14 @@ Spark file. `etl/split_writer.py` does a task's work and knows nothing of Spark.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
+from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
@@ -114,7 +116,13 @@ def prepare(config: PrepareConfig, session: Callable[[], SparkSession]) -> dict[
         ]
         log.info("%d of %d splits to prepare in %s", len(missing), plan.num_splits, plan.folder.url)
         if missing:
-            _run_tasks(plan, missing, session())
+            spark = session()
+            try:
+                _run_tasks(plan, missing, spark)
+            except PythonException as error:
+                if ours := _input_error(error):
+                    raise ours from error
+                raise
         finished = _commit(plan)
     _warn_of_rejects(plan, finished)
     datasets = {
@@ -199,6 +207,12 @@ def _run_tasks(plan: _Plan, missing: list[int], spark: SparkSession) -> None:
     errors = sorted((row["index"], row["error"]) for row in results if row["error"])
     if errors:
         raise BadRecordError(f"{errors[0][1]}. Mend it, or run with --on_bad_record=skip")
+
+
+def _input_error(error: PythonException) -> InputError | None:
+    """The message of one of our own errors that a task raised; Spark wraps it in its traceback."""
+    found = re.search(r"^etl\.\w+\.\w+Error: (.+)$", str(error), re.MULTILINE)
+    return InputError(found[1]) if found else None
 
 
 _RESULT = pa.schema([("index", pa.int32()), ("error", pa.string())])

@@ -49,7 +49,7 @@ def run_job(
         )
     parsed = parser.parse_args(args)
     parsed.pop("config", None)
-    config = config_class(**cast(Any, parser.instantiate_classes(parsed)).as_dict())
+    config = config_class(**cast(Any, parser.instantiate(parsed)).as_dict())
     sys.exit(_run(config, job))
 
 

@@ -6,6 +6,7 @@ when it is complete; a killed writer leaves a folder that no record names.
 """
 
 import uuid
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -136,11 +137,10 @@ def load_weights(record: dict[str, Any], model: Retro) -> None:
     state = get_model_state_dict(model)
     if not stored.has_retrieval:
         state = {name: value for name, value in state.items() if not is_retrieval_parameter(name)}
-    load(
-        {"model": state},
-        storage_reader=FsspecReader(record["folder"]),
-        no_dist=not dist.is_initialized(),
-    )
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        load({"model": state}, storage_reader=FsspecReader(record["folder"]), no_dist=alone)
 
 
 def load_model(run_url: str) -> Retro:

@@ -1,3 +1,4 @@
+import gzip
 import json
 import random
 from dataclasses import replace
@@ -205,6 +206,14 @@ def test_a_bad_record_can_be_made_an_error(config, bad_corpus, spark):
         prepare(strict, lambda: spark)
     assert not list(Path(config.output_url).rglob("corpus.json"))
     assert not list(Path(config.output_url).rglob("manifest.json"))
+
+
+def test_a_file_that_was_cut_is_an_error_without_sparks_traceback(config, corpus, spark, tmp_path):
+    packed = gzip.compress((corpus / "a.jsonl").read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-20])
+    cut = replace(config, input_urls=str(tmp_path / "cut.jsonl.gz"))
+    with pytest.raises(InputError, match=r"^\S+cut\.jsonl\.gz: damaged or incomplete gzip"):
+        prepare(cut, lambda: spark)
 
 
 @pytest.mark.parametrize(

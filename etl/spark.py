@@ -6,7 +6,6 @@ Spark file: the only place besides `etl/prepare.py` that imports pyspark.
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 from pyspark.sql import SparkSession
@@ -23,7 +22,6 @@ def spark_session(app_name: str) -> SparkSession:
     Raises:
         JavaError: no usable Java.
     """
-    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
     if SparkSession.getActiveSession() is None:
         os.environ.setdefault("JAVA_HOME", find_java_home())
         os.environ.setdefault("SPARK_CONF_DIR", str(CONF_FOLDER))

@@ -26,7 +26,7 @@ STAGES = {
     "train-plain": 9,
     "train-retro": 12,
     "evaluate-retro-facts": 3,
-    "generate": 2,
+    "generate": 1,
 }
 """Where the run is killed, seconds after the stage began."""
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-import fsspec
 import zstandard
 
+from etl.storage import RangeReader, filesystem_of, is_local
+
 _READ_BYTES = 4 << 20
+_PACKED_BYTES = 8 << 10  # of which zstd can make at most 256 MiB
 _MAX_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
@@ -38,7 +40,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
-            packed = self._packed or self._file.read(_READ_BYTES // 16)
+            packed = self._packed or self._file.read(_PACKED_BYTES)
             if not packed:
                 if self._frame is not None:
                     raise EOFError("the file ends inside a zstd frame")
@@ -56,6 +58,12 @@ class _ZstdFile(io.RawIOBase):
         return count
 
 
+def _plain(url: str) -> BinaryIO:
+    if is_local(url):
+        return cast(BinaryIO, open(filesystem_of(url)[1], "rb", _READ_BYTES))
+    return cast(BinaryIO, io.BufferedReader(RangeReader(url), _READ_BYTES))
+
+
 @contextmanager
 def open_source(url: str, compression: str | None) -> Iterator[BinaryIO]:
     """The uncompressed bytes behind `url`; compression is None, "gzip" or "zstd".
@@ -63,7 +71,7 @@ def open_source(url: str, compression: str | None) -> Iterator[BinaryIO]:
     Raises:
         CompressedError: while reading, if the compressed data is damaged or incomplete.
     """
-    with cast(Any, fsspec.open(url, "rb")).open() as file:
+    with _plain(url) as file:
         try:
             if compression == "zstd":
                 yield cast(BinaryIO, io.BufferedReader(_ZstdFile(file), _READ_BYTES))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from etl.manifest import DOCUMENT_DTYPE, DatasetManifest, Shard, load_manifest
+from etl.manifest import DOCUMENT_DTYPE, HELD_OUT, DatasetManifest, Shard, load_manifest
 from etl.retmmap import RetMMapReader
-from etl.storage import StageFolder, StorageError
+from etl.storage import StageFolder, StorageError, StoredFile
 
 
 class Dataset:
@@ -31,9 +31,10 @@ class Dataset:
         bases = np.cumsum([[0, 0], *counts], axis=0, dtype=np.int64)
         self._chunk_base, self._document_base = bases[:, 0], bases[:, 1]
         self._open: dict[int, tuple[RetMMapReader, NDArray[np.void]]] = {}
+        self._columns: dict[tuple[str, int], NDArray[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_columns": {}}
 
     @property
     def num_chunks(self) -> int:
@@ -130,6 +131,12 @@ class Dataset:
         return np.ascontiguousarray(self.documents["content_hash"][:, 0])
 
     @cached_property
+    def document_clusters(self) -> NDArray[np.uint64]:
+        """[num_documents] cluster of near-duplicates that each document belongs to; a document
+        without any is a cluster of its own, named by its key."""
+        return np.ascontiguousarray(self.documents["cluster"])
+
+    @cached_property
     def document_first_chunk(self) -> NDArray[np.int64]:
         """[num_documents + 1] id of each document's first chunk, then num_chunks."""
         firsts = [
@@ -139,10 +146,80 @@ class Dataset:
         return np.concatenate([*firsts, [self.num_chunks]]).astype(np.int64)
 
     def chunk_keys(self, chunk_ids: ArrayLike) -> NDArray[np.uint64]:
-        """Key of the document that each chunk id belongs to, same shape."""
+        """[..., 2] document key and cluster of the document that each chunk id [...] belongs to.
+
+        Chunks of which either is the same must not be neighbors of one another.
+        """
         ids = np.asarray(chunk_ids, np.int64)
-        return self.document_keys[self.chunk_to_doc(ids.ravel())].reshape(ids.shape)
+        keys = np.empty((ids.size, 2), np.uint64)
+        for s, where in self._by_shard(ids.ravel(), self._chunk_base):
+            reader, documents = self.shard(s)
+            rows = documents[reader.chunk_to_doc(ids.ravel()[where] - self._chunk_base[s])]
+            keys[where, 0], keys[where, 1] = rows["content_hash"][:, 0], rows["cluster"]
+        return keys.reshape(*ids.shape, 2)
 
     def is_all_pad(self, chunk_ids: ArrayLike) -> NDArray[np.bool_]:
         """Whether each chunk [N] holds nothing but pads."""
         return (self.get_chunk(chunk_ids, continuation=False) == self.manifest.pad_id).all(axis=1)
+
+    def chunk_bytes(self, chunk_ids: ArrayLike) -> NDArray[np.int64]:
+        """Bytes of text that each chunk [N] stands for."""
+        ids = np.asarray(chunk_ids, np.int64)
+        out = np.empty(len(ids), np.int64)
+        for s, where in self._by_shard(ids, self._chunk_base):
+            out[where] = self._column("chunk_bytes", s)[ids[where] - self._chunk_base[s]]
+        return out
+
+    def encoder_ids(self, chunk_ids: ArrayLike) -> NDArray[np.int32]:
+        """[N, width] the embedder's token ids of each chunk [N], filled up with its pad id.
+
+        Raises:
+            StorageError: the dataset was prepared without an embedder.
+        """
+        if self.manifest.encoder is None:
+            raise StorageError(
+                f"{self.url} holds no encoder ids; prepare it with the option embedder"
+            )
+        ids = np.asarray(chunk_ids, np.int64)
+        parts = [
+            (where, self._column("encoder", s)[ids[where] - self._chunk_base[s]])
+            for s, where in self._by_shard(ids, self._chunk_base)
+        ]
+        width = max((rows.shape[1] for _, rows in parts), default=0)
+        out = np.full((len(ids), width), self.manifest.encoder.pad_id, np.int32)
+        for where, rows in parts:
+            out[where, : rows.shape[1]] = rows
+        return out
+
+    def _column(self, name: str, s: int) -> NDArray[Any]:
+        """Shard s's memory-mapped array with a row a chunk."""
+        if (name, s) not in self._columns:
+            shard = self.manifest.shards[s]
+            file: StoredFile = getattr(shard, name)
+            rows = np.load(StageFolder(self.url).fetch(file), mmap_mode="r", allow_pickle=False)
+            if len(rows) != shard.num_chunks:
+                raise StorageError(
+                    f"{self.url}/{file.name}: {len(rows)} rows for {shard.num_chunks} chunks"
+                )
+            self._columns[name, s] = rows
+        return self._columns[name, s]
+
+
+def check_no_leak(held_out: Dataset, retrieval: Dataset) -> None:
+    """Refuses a retrieval dataset that holds documents, or near-duplicates, of a held-out dataset.
+
+    Raises:
+        StorageError: with the number of shared documents and one of them.
+    """
+    if held_out.manifest.split not in HELD_OUT:
+        return
+    shared = np.isin(retrieval.document_keys, held_out.document_keys)
+    shared |= np.isin(retrieval.document_clusters, held_out.document_clusters)
+    if shared.any():
+        row = retrieval.documents[int(np.flatnonzero(shared)[0])]
+        raise StorageError(
+            f"{retrieval.url} holds {int(shared.sum())} documents that are held out in "
+            f"{held_out.url}, or near-duplicates of them; the first is in "
+            f"{retrieval.manifest.sources[row['source']]} at byte {row['offset']}. Prepare both "
+            "from one input, or take the documents out"
+        )

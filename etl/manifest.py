@@ -20,20 +20,54 @@ Split = Literal["train", "validation", "test", "retrieval"]
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
 DOCUMENT_DTYPE = np.dtype(
-    [("content_hash", "<u8", 2), ("source", "<i4"), ("offset", "<i8"), ("text_bytes", "<i8")]
+    [
+        ("content_hash", "<u8", 2),
+        ("cluster", "<u8"),
+        ("source", "<i4"),
+        ("offset", "<i8"),
+        ("text_bytes", "<i8"),
+        ("num_tokens", "<i8"),
+    ]
 )
-"""One row a document in a shard's `.docs.npy`: content hash (128 bits), number of the source file
-in `DatasetManifest.sources`, byte offset of its line there (uncompressed), UTF-8 bytes of its
-text."""
+"""One row a document in a shard's `.docs.npy`: content hash (128 bits); cluster of near-duplicates,
+named by the first 64 bits of the content hash of its first document (its own, if it is alone);
+number of the source file in `DatasetManifest.sources`; byte offset of its line there (uncompressed;
+the row in a Parquet file); UTF-8 bytes of its text; tokens with end-of-document, without pads."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The embedder whose token ids the shards' `.encoder.npy` hold: name, fingerprint of its
+    tokenizer, tokens at which it cuts a text off, and the id that fills rows up."""
+
+    name: str
+    fingerprint: str
+    max_length: int
+    pad_id: int
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One retmmap file pair with its document table."""
+    """One retmmap file pair and what belongs to it.
+
+    Attributes:
+        bin: Tokens (`etl/retmmap.py`).
+        idx: Addresses of documents and chunks.
+        docs: DOCUMENT_DTYPE [num_documents] (`.docs.npy`).
+        info: Parquet, a row a document: number in the shard, source file, offset, id, src, title,
+            text_bytes, num_tokens (`.info.parquet`).
+        chunk_bytes: u32 [num_chunks], UTF-8 bytes of text that each chunk's tokens stand for
+            (`.chunk_bytes.npy`).
+        encoder: [num_chunks, width] the embedder's token ids of each chunk's text, filled up with
+            its pad id (`.encoder.npy`); None if no embedder was named.
+    """
 
     bin: StoredFile
     idx: StoredFile
     docs: StoredFile
+    info: StoredFile
+    chunk_bytes: StoredFile
+    encoder: StoredFile | None
     num_documents: int
     num_chunks: int
     num_tokens: int
@@ -42,7 +76,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """num_tokens counts text and end-of-document tokens, no pads. Shards are in document order."""
+    """num_tokens counts text and end-of-document tokens, no pads. Shards are in document order.
+
+    split_rule says how documents were assigned to splits and which were taken for duplicates;
+    held_back counts documents that are not in the retrieval set because they, or near-duplicates of
+    them, are held out.
+    """
 
     split: Split
     chunk_size: int
@@ -54,6 +93,9 @@ class DatasetManifest:
     vocab_size: int
     tokenizer: StoredFile
     tokenizer_fingerprint: str
+    encoder: Encoder | None
+    split_rule: dict[str, Any]
+    held_back: int
     sources: tuple[str, ...]
     shards: tuple[Shard, ...]
 
@@ -126,22 +168,23 @@ def load_manifest(dataset_url: str) -> DatasetManifest:
     return manifest
 
 
+SHARD_FILES = ("bin", "idx", "docs", "info", "chunk_bytes", "encoder")
+
+
 def shard_from_json(entry: dict[str, Any]) -> Shard:
     """A shard from the plain values that records and manifests hold."""
-    files = {part: StoredFile(**entry[part]) for part in ("bin", "idx", "docs")}
+    files = {part: StoredFile(**entry[part]) for part in SHARD_FILES if entry[part]}
     return Shard(**{**entry, **files})
 
 
 def _from_json(found: dict[str, Any]) -> DatasetManifest:
     plain = {f.name: found[f.name] for f in fields(DatasetManifest)}
-    shards = tuple(shard_from_json(entry) for entry in plain["shards"])
     return DatasetManifest(
-        **(
-            plain
-            | {
-                "tokenizer": StoredFile(**plain["tokenizer"]),
-                "sources": tuple(plain["sources"]),
-                "shards": shards,
-            }
-        )
+        **plain
+        | {
+            "tokenizer": StoredFile(**plain["tokenizer"]),
+            "encoder": plain["encoder"] and Encoder(**plain["encoder"]),
+            "sources": tuple(plain["sources"]),
+            "shards": tuple(shard_from_json(entry) for entry in plain["shards"]),
+        }
     )

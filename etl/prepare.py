@@ -1,295 +1,220 @@
 """Preparation with Spark: loose JSON -> tokenized, padded, chunked retmmap datasets.
 
-Two passes over byte-range splits of the input, both `mapInArrow`: (1) content hashes, from which
-Spark finds exact duplicates; (2) tokenize and write. A task reads and writes through fsspec by
-itself; token ids never cross the JVM. The driver turns the tasks' records into manifests.
+Two passes over splits of the input, both `mapInArrow`: (1) hashes and signatures, from which Spark
+finds duplicates (`etl/duplicates.py`); (2) tokenize and write. A task reads and writes through
+fsspec by itself; token ids never cross the JVM. The driver turns the tasks' records into manifests.
+What a pass has found is stored, so a run that is started again repeats neither.
 
-Spark file. `etl/split_writer.py` does a task's work and knows nothing of Spark.
+Spark file. `etl/prepare_plan.py` checks the configuration and `etl/split_writer.py` does a task's
+work; they know nothing of Spark.
 """
 
+import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import pyarrow as pa
 from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as sf
 
 from etl import manifest as manifests
-from etl.loose_json import BadRecordError, InputError, SourceFile, find_sources, plan_splits
+from etl.deadline import RemoteError
+from etl.duplicates import store_fates
 from etl.manifest import DatasetManifest, Shard, Split, shard_from_json
-from etl.retmmap import Layout, dtype_for_vocabulary
-from etl.split_writer import SPLITS, SplitTask, parse_weights
-from etl.storage import StageFolder, content_key, create_json, join_url, scratch_folder
-from etl.tokenizer import EOD_TOKEN, ByteLevelTokenizer, load_tokenizer
+from etl.prepare_plan import Plan, PrepareConfig, describe, make_plan
+from etl.prepare_progress import SplitProgress
+from etl.records import BadRecordError
+from etl.sources import InputError
+from etl.split_writer import SplitTask
+from etl.splits import SPLITS, load_split_list
+from etl.storage import (
+    StageFolder,
+    StoredFile,
+    content_key,
+    create_json,
+    read_json,
+    scratch_folder,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
-_CORPUS = "corpus"
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What to read, how to cut it, where to put it.
-
-    Attributes:
-        input_urls: Loose JSON file (.jsonl, .json, also .gz and .zst), folder or glob on any fsspec
-            URL, or a list of them.
-        output_url: Folder for the datasets; each configuration and input gets a folder of its own
-            inside.
-        tokenizer_url: A tokenizer.json, or a folder with it or with GPT-2's vocab.json and
-            merges.txt.
-        text_key: Field of a record that holds the text (NeMo's --json-keys).
-        split_key: Field that names a record's split: train, validation, test, or retrieval (in the
-            retrieval dataset only). Records without it are assigned by the hash of their text.
-        splits_string: Weights of train, validation, test and optionally retrieval for the
-            assignment by hash.
-        split_seed: Another seed is another assignment by hash.
-        chunk_size: Tokens of a chunk; documents are padded to a multiple of it.
-        stride: Distance of chunk starts in the retrieval dataset; divides chunk_size, which is the
-            default.
-        append_eod: End every document with the end-of-document token.
-        eod_token: That token's string in the tokenizer.
-        nemo_padding: Always add at least one pad to a document, as NeMo does, byte for byte.
-        retrieval_db: Write the retrieval dataset: documents of train and of retrieval, never
-            held-out ones.
-        duplicates: What happens to a document whose text occurred before (exactly): drop or keep
-            it.
-        on_bad_record: skip a record that cannot be used (counted and listed), or fail on the first.
-        split_bytes: Input bytes of one Spark task and one shard; 32 to 128 MB for large inputs.
-        dry_run: Check the inputs, print the plan and write nothing.
-    """
-
-    input_urls: str | list[str]
-    output_url: str
-    tokenizer_url: str
-    text_key: str = "text"
-    split_key: str | None = None
-    splits_string: str = "98,1,1"
-    split_seed: int = 0
-    chunk_size: int = 64
-    stride: int | None = None
-    append_eod: bool = True
-    eod_token: str = EOD_TOKEN
-    nemo_padding: bool = False
-    retrieval_db: bool = True
-    duplicates: Literal["drop", "keep"] = "drop"
-    on_bad_record: Literal["skip", "fail"] = "skip"
-    split_bytes: int = 64 << 20
-    dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The checked inputs of a run: everything that determines the output, and where that goes."""
-
-    config: PrepareConfig
-    sources: list[SourceFile]
-    tokenizer: ByteLevelTokenizer
-    task: SplitTask
-    folder: StageFolder
-    num_splits: int
+_CORPUS, _FATES = "corpus", "fates"
 
 
 def prepare(config: PrepareConfig, session: Callable[[], SparkSession]) -> dict[str, Any]:
-    """Runs or continues the preparation; returns the urls and counts of the datasets.
+    """Runs or continues the preparation; returns the urls and counts of the datasets, with several
+    text keys `{"keys": {key: ...}}` of each.
 
     `session` is called only if there is work left for Spark.
 
     Raises:
-        FileNotFoundError, InputError, TokenizerError, RetMMapError: inputs or options that cannot
-            work.
+        FileNotFoundError, InputError, TokenizerError, EncoderError, RetMMapError: inputs or options
+            that cannot work.
         BadRecordError: a bad record, with on_bad_record = fail.
     """
-    plan = _plan(config)
+    if isinstance(config.text_key, str):
+        return _prepare_key(config, session)
+    if not config.text_key or len(set(config.text_key)) < len(config.text_key):
+        raise InputError(f"text_key is {config.text_key}; expected one or more different fields")
+    each = {key: _prepare_key(replace(config, text_key=key), session) for key in config.text_key}
+    return {"keys": each}
+
+
+def _prepare_key(config: PrepareConfig, session: Callable[[], SparkSession]) -> dict[str, Any]:
+    plan = make_plan(config)
     if config.dry_run:
-        return _describe(plan)
+        return describe(plan)
     finished = plan.folder.record(_CORPUS)
     if finished is None:
-        missing = [
-            i
-            for i in range(plan.num_splits)
-            if plan.folder.record(plan.task.record_name(i)) is None
-        ]
+        names = [plan.task.record_name(i) for i in range(plan.num_splits)]
+        done = plan.folder.records(names)
+        missing = [i for i, name in enumerate(names) if name not in done]
         log.info("%d of %d splits to prepare in %s", len(missing), plan.num_splits, plan.folder.url)
         if missing:
             spark = session()
             try:
                 _run_tasks(plan, missing, spark)
             except PythonException as error:
-                if ours := _input_error(error):
+                if ours := _own_error(error):
                     raise ours from error
                 raise
-        finished = _commit(plan)
+        finished = _commit(plan, names)
+    _refuse_rejects(plan, finished["skipped"])
     _warn_of_rejects(plan, finished)
     datasets = {
         split: {"url": plan.folder.path_of(split), **entry}
         for split, entry in finished["datasets"].items()
     }
-    kept = {k: v for k, v in finished.items() if k != "files"}
-    return {"url": plan.folder.url, **kept, "datasets": datasets}
+    return {"url": plan.folder.url, **finished, "datasets": datasets}
 
 
-def _plan(config: PrepareConfig) -> _Plan:
-    sources = find_sources(
-        [config.input_urls] if isinstance(config.input_urls, str) else config.input_urls
-    )
-    tokenizer = load_tokenizer(config.tokenizer_url, config.eod_token)
-    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
-    training = Layout.of(config.chunk_size, dtype)
-    retrieval = Layout.of(config.chunk_size, dtype, retrieval_db=True, stride=config.stride)
-    if config.stride is not None and not config.retrieval_db:
-        raise InputError(
-            "stride acts on the retrieval dataset, but retrieval_db is false; leave one of them out"
-        )
-    weights = parse_weights(config.splits_string)
-    if weights["retrieval"] and not config.retrieval_db:
-        raise InputError("splits_string gives weight to retrieval, but retrieval_db is false")
-    splits = plan_splits(sources, config.split_bytes)
-    determining = {**asdict(config), "tokenizer_url": tokenizer.fingerprint}
-    for name in ("input_urls", "output_url", "dry_run", "on_bad_record"):
-        del determining[name]
-    inputs = [(source.name, source.bytes, source.version) for source in sources]
-    folder = StageFolder(join_url(config.output_url, content_key(determining, inputs)[:16]))
-    task = SplitTask(
-        folder=folder,
-        sources=tuple(sources),
-        splits=tuple(map(tuple, splits)),
-        tokenizer_json=tokenizer.to_json(),
-        eod_token=config.eod_token,
-        text_key=config.text_key,
-        split_key=config.split_key,
-        weights=weights,
-        split_seed=config.split_seed,
-        training=training,
-        retrieval=retrieval if config.retrieval_db else None,
-        append_eod=config.append_eod,
-        nemo_padding=config.nemo_padding,
-        fail_on_bad_record=config.on_bad_record == "fail",
-    )
-    return _Plan(config, sources, tokenizer, task, folder, len(splits))
-
-
-def _describe(plan: _Plan) -> dict[str, Any]:
-    return {
-        "url": plan.folder.url,
-        "files": len(plan.sources),
-        "input_bytes": sum(source.bytes for source in plan.sources),
-        "tasks": plan.num_splits,
-        "vocab_size": plan.tokenizer.vocab_size,
-        "dtype": plan.task.training.dtype.name,
-    }
-
-
-def _run_tasks(plan: _Plan, missing: list[int], spark: SparkSession) -> None:
+def _run_tasks(plan: Plan, missing: list[int], spark: SparkSession) -> None:
     context = spark.sparkContext
-    context.setJobDescription("prepare: find exact duplicates")
-    indices = [(i,) for i in missing]
-    work = spark.createDataFrame(context.parallelize(indices, len(indices)), "index int")
-    if plan.config.duplicates == "drop":
-        work = work.join(_dropped_ordinals(plan, spark), "index", "left")
-    else:
-        work = work.withColumn("dropped", sf.lit(None).cast("array<int>"))
-    work = work.repartitionByRange(len(missing), "index")
-    context.setJobDescription("prepare: tokenize and write")
-    task = plan.task
-
-    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for row in batch.to_pylist():
-                error = task.write(row["index"], frozenset(row["dropped"] or ()))
-                yield pa.RecordBatch.from_pylist([{"index": row["index"], "error": error}], _RESULT)
-
-    results = work.mapInArrow(write, "index int, error string").collect()
+    fates = _find_fates(plan, spark) if _needs_fates(plan) else {}
+    context.setJobDescription(f"prepare: tokenize and write {len(missing)} splits")
+    indices = context.parallelize([(i,) for i in missing], len(missing))
+    work = spark.createDataFrame(indices, "index int")
+    with SplitProgress(context, len(missing)) as progress:
+        results = _write_splits(plan.task, work, fates, progress).collect()
     errors = sorted((row["index"], row["error"]) for row in results if row["error"])
     if errors:
         raise BadRecordError(f"{errors[0][1]}. Mend it, or run with --on_bad_record=skip")
 
 
-def _input_error(error: PythonException) -> InputError | None:
-    """The message of one of our own errors that a task raised; Spark wraps it in its traceback."""
-    found = re.search(r"^etl\.\w+\.\w+Error: (.+)$", str(error), re.MULTILINE)
-    return InputError(found[1]) if found else None
+def _find_fates(plan: Plan, spark: SparkSession) -> dict[int, StoredFile]:
+    """The stored fates of the splits that have any; found once, whatever is killed later."""
+    known = plan.folder.records([_FATES])
+    if not known:
+        found = store_fates(spark, plan.task, plan.rule, plan.num_splits)
+        files = {str(index): asdict(file) for index, file in sorted(found.items())}
+        known = {_FATES: plan.folder.publish(_FATES, {"files": files})}
+    return {int(i): StoredFile(**file) for i, file in known[_FATES]["files"].items()}
+
+
+def _needs_fates(plan: Plan) -> bool:
+    """Equal texts go to equal splits by hash; only names can tear them apart."""
+    config = plan.config
+    has_names = bool(config.split_key or config.split_list_url) and config.retrieval_db
+    return config.duplicates == "drop" or plan.rule.is_near or has_names
+
+
+def _write_splits(
+    task: SplitTask, work: DataFrame, fates: dict[int, StoredFile], progress: SplitProgress
+) -> DataFrame:
+    count = progress.counter()
+
+    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for index in batch.column("index").to_pylist():
+                error = task.run(index, fates.get(index), count)
+                yield pa.RecordBatch.from_pylist([{"index": index, "error": error}], _RESULT)
+
+    return work.mapInArrow(write, "index int, error string")
 
 
 _RESULT = pa.schema([("index", pa.int32()), ("error", pa.string())])
-_HASHES = pa.schema(
-    [("high", pa.int64()), ("low", pa.int64()), ("index", pa.int32()), ("ordinal", pa.int32())]
-)
 
 
-def _dropped_ordinals(plan: _Plan, spark: SparkSession) -> DataFrame:
-    """(index, dropped): for each split, the numbers of its documents whose text stands earlier in
-    the input.
-    """
-    task = plan.task
-    every = [(i,) for i in range(plan.num_splits)]
-
-    def hash_split(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for row in batch.to_pylist():
-                for hashes in task.content_hashes(row["index"]):
-                    index = [row["index"]] * len(hashes)
-                    columns = [
-                        hashes["high"],
-                        hashes["low"],
-                        pa.array(index, pa.int32()),
-                        hashes["ordinal"],
-                    ]
-                    yield pa.RecordBatch.from_arrays([pa.array(c) for c in columns], schema=_HASHES)
-
-    splits = spark.createDataFrame(spark.sparkContext.parallelize(every, len(every)), "index int")
-    hashes = splits.mapInArrow(hash_split, "high long, low long, index int, ordinal int")
-    place = sf.struct("index", "ordinal")
-    first = hashes.groupBy("high", "low").agg(
-        sf.min(place).alias("first"), sf.count("*").alias("count")
-    )
-    later = hashes.join(first.where("count > 1"), ["high", "low"]).where(place != sf.col("first"))
-    return later.groupBy("index").agg(sf.collect_list("ordinal").alias("dropped"))
+def _own_error(error: PythonException) -> InputError | RemoteError | None:
+    """One of our own errors that a task raised, without the traceback Spark wraps it in."""
+    found = re.search(r"^etl\.(\w+)\.\w+Error: (.+)$", str(error), re.MULTILINE)
+    if found is None:
+        return None
+    return RemoteError(found[2]) if found[1] == "deadline" else InputError(found[2])
 
 
-def _commit(plan: _Plan) -> dict[str, Any]:
+def _commit(plan: Plan, names: list[str]) -> dict[str, Any]:
     """Manifests from the records of all splits, then the corpus record: from here on the datasets
     exist.
     """
-    records = [plan.folder.record(plan.task.record_name(i)) for i in range(plan.num_splits)]
-    if any(record is None for record in records):
+    found = plan.folder.records(names)
+    if len(found) < len(names):
         raise RuntimeError(
-            f"{records.count(None)} splits have no record after the Spark job; run the job again"
+            f"{len(names) - len(found)} splits have no record after the Spark job; run the job "
+            "again"
         )
-    complete = [record for record in records if record is not None]
+    records = [found[name] for name in names]
+    counts = sum((Counter(record["counts"]) for record in records), Counter[str]())
+    rejects = sum((Counter(record["reject_reasons"]) for record in records), Counter[str]())
+    _refuse_rejects(plan, rejects)
     datasets: dict[str, Any] = {}
     for split in SPLITS:
-        shards = [
-            shard_from_json(record["shards"][split])
-            for record in complete
-            if split in record["shards"]
-        ]
+        shards = [record["shards"][split] for record in records if split in record["shards"]]
         if shards:
-            datasets[split] = _write_manifest(plan, split, tuple(shards))
-    counts = sum((Counter(record["counts"]) for record in complete), Counter[str]())
-    rejects = sum((Counter(record["reject_reasons"]) for record in complete), Counter[str]())
+            parts = tuple(map(shard_from_json, shards))
+            datasets[split] = _write_manifest(plan, split, parts, counts["held_back"])
     value = {
         "datasets": datasets,
         "sources": [source.name for source in plan.sources],
         "counts": {
             name: counts[name]
-            for name in ("documents", "text_bytes", "duplicates_dropped", "held_out")
+            for name in (
+                *("documents", "text_bytes", "tokens", "duplicates_dropped"),
+                *("near_duplicates_dropped", "held_out", "held_back"),
+            )
         },
         "skipped": dict(sorted(rejects.items())),
     }
-    plan.folder.remove_scratch()
-    return plan.folder.publish(_CORPUS, value)
+    committed = plan.folder.publish(_CORPUS, value)
+    removed = plan.folder.remove_unnamed(_named(plan, records, datasets))
+    if removed:
+        log.info("removed %d objects that are no part of the datasets", removed)
+    return committed
 
 
-def _write_manifest(plan: _Plan, split: Split, shards: tuple[Shard, ...]) -> dict[str, Any]:
+def _named(plan: Plan, records: list[dict[str, Any]], datasets: dict[str, Any]) -> set[str]:
+    """Names of everything in the folder that a record or a manifest refers to."""
+    named = {f"{_CORPUS}.json"}
+    named |= {f"{plan.task.record_name(i)}.json" for i in range(plan.num_splits)}
+    named |= {file["name"] for record in records for file in record["files"].values()}
+    for split, entry in datasets.items():
+        named |= {f"{split}/{manifests.NAME}", f"{split}/{entry['tokenizer']}"}
+    return named
+
+
+def _split_rule(config: PrepareConfig) -> dict[str, Any]:
+    names = ("split_key", "splits_string", "split_seed", "duplicates", "near_duplicates")
+    near = {"near_duplicate_threshold": config.near_duplicate_threshold}
+    listed = load_split_list(config.split_list_url) if config.split_list_url else None
+    return {
+        **{name: getattr(config, name) for name in names},
+        **(near if config.near_duplicates != "keep" else {}),
+        "split_list": listed and content_key(sorted(listed.items())),
+    }
+
+
+def _write_manifest(
+    plan: Plan, split: Split, shards: tuple[Shard, ...], held_back: int
+) -> dict[str, Any]:
     folder = StageFolder(plan.folder.path_of(split))
     with scratch_folder(folder.url) as scratch:
-        path = scratch / "tokenizer.json"
-        path.write_text(plan.task.tokenizer_json)
+        is_json = plan.task.tokenizer_data.lstrip()[:1] == b"{"
+        path = scratch / ("tokenizer.json" if is_json else "tokenizer.model")
+        path.write_bytes(plan.task.tokenizer_data)
         [tokenizer_file] = folder.store("tokenizer", path)
     layout = plan.task.layout_of(split)
     manifest = DatasetManifest(
@@ -303,11 +228,15 @@ def _write_manifest(plan: _Plan, split: Split, shards: tuple[Shard, ...]) -> dic
         vocab_size=plan.tokenizer.vocab_size,
         tokenizer=tokenizer_file,
         tokenizer_fingerprint=plan.tokenizer.fingerprint,
+        encoder=plan.task.encoder and plan.task.encoder.facts,
+        split_rule=_split_rule(plan.config),
+        held_back=held_back,
         sources=tuple(source.name for source in plan.sources),
         shards=shards,
     )
-    create_json(folder.path_of(manifests.NAME), manifest.to_json())
+    _publish_manifest(folder.path_of(manifests.NAME), manifest.to_json())
     return {
+        "tokenizer": tokenizer_file.name,
         "fingerprint": manifest.fingerprint,
         "shards": len(shards),
         "documents": manifest.num_documents,
@@ -317,7 +246,23 @@ def _write_manifest(plan: _Plan, split: Split, shards: tuple[Shard, ...]) -> dic
     }
 
 
-def _warn_of_rejects(plan: _Plan, finished: dict[str, Any]) -> None:
+def _publish_manifest(url: str, value: dict[str, Any]) -> None:
+    """Replaces what a run left that was killed before its commit, and whose shards were redone."""
+    if not create_json(url, value) and read_json(url) != json.loads(json.dumps(value)):
+        write_json(url, value)
+
+
+def _refuse_rejects(plan: Plan, reasons: Mapping[str, int]) -> None:
+    """Splits that an earlier run wrote with on_bad_record = skip do not pass for faultless."""
+    if reasons and plan.config.on_bad_record == "fail":
+        reason, count = next(iter(sorted(reasons.items())))
+        raise BadRecordError(
+            f"an earlier run skipped {sum(reasons.values())} records ({count}: {reason}), listed "
+            f"in {plan.folder.path_of('rejects')}; mend them, or run with --on_bad_record=skip"
+        )
+
+
+def _warn_of_rejects(plan: Plan, finished: dict[str, Any]) -> None:
     for reason, count in finished["skipped"].items():
         log.warning("skipped %d records: %s", count, reason)
     if finished["skipped"]:

@@ -160,25 +160,27 @@ def chunk_address_blocks(layout: Layout, sizes: NDArray[np.int32]) -> Iterator[N
 
 def write_index(file: BinaryIO, layout: Layout, sizes: NDArray[np.int32]) -> int:
     """Writes the whole `.idx` for documents of `sizes` tokens; returns the number of chunks."""
+    for block in index_blocks(layout, sizes):
+        file.write(block)
+    return int(layout.chunk_counts(sizes).sum())
+
+
+def index_blocks(layout: Layout, sizes: NDArray[np.int32]) -> Iterator[bytes]:
+    """The bytes of the `.idx` for documents of `sizes` tokens, in parts."""
     first = first_chunk_ids(layout, sizes)
-    file.write(
-        HEADER.pack(
-            MAGIC,
-            VERSION,
-            layout.stride,
-            layout.dtype_code,
-            len(sizes),
-            layout.chunk_size,
-            int(first[-1]),
-            layout.retrieval_db,
-        )
-    )
-    file.write(sizes.astype("<i4").tobytes())
-    file.write(document_addresses(layout, sizes)[:-1].astype("<i8").tobytes())
-    file.write(first[:-1].astype("<i8").tobytes())
+    count, chunks = len(sizes), int(first[-1])
+    fields = (layout.stride, layout.dtype_code, count, layout.chunk_size, chunks)
+    yield HEADER.pack(MAGIC, VERSION, *fields, layout.retrieval_db)
+    yield sizes.astype("<i4").tobytes()
+    yield document_addresses(layout, sizes)[:-1].astype("<i8").tobytes()
+    yield first[:-1].astype("<i8").tobytes()
     for block in chunk_address_blocks(layout, sizes):
-        file.write(block.astype("<i8").tobytes())
-    return int(first[-1])
+        yield block.astype("<i8").tobytes()
+
+
+def read_sizes(idx_path: str | Path, num_documents: int) -> NDArray[np.int32]:
+    """[num_documents] the document sizes in an `.idx` that is known to be whole."""
+    return np.fromfile(idx_path, "<i4", num_documents, offset=HEADER.size)
 
 
 class RetMMapWriter:
@@ -201,48 +203,40 @@ class RetMMapWriter:
 
     def add(self, tokens: ArrayLike) -> None:
         """Appends one document, integers [n], n >= 1."""
-        document = np.asarray(tokens)
-        self.add_batch(document, np.asarray([len(document)]))
+        self.add_documents([np.asarray(tokens)])
 
-    def add_batch(self, tokens: NDArray[Any], lengths: NDArray[np.integer[Any]]) -> None:
-        """Appends documents laid end to end in `tokens`, `lengths` [n] tokens each.
+    def add_documents(self, documents: Sequence[NDArray[Any]]) -> None:
+        """Appends documents, integers [n] each, n >= 1.
 
         Raises:
             RetMMapError: an empty document, one over 2^31 - 1 tokens, or an id that the dtype
-                cannot hold.
+                cannot hold; then none of them is appended.
         """
-        if len(lengths) == 0:
+        if not documents:
             return
+        lengths = np.asarray([len(document) for document in documents])
         if lengths.min() < 1:
-            raise RetMMapError(
-                f"document {int(lengths.argmin())} of the batch has no tokens; expected at least "
-                "one"
-            )
-        if lengths.sum() != len(tokens):
-            raise RetMMapError(f"lengths add up to {lengths.sum()}, found {len(tokens)} tokens")
+            raise RetMMapError(f"document {lengths.argmin()} has no tokens; expected at least one")
         sizes = self.layout.padded_sizes(lengths, self.nemo_padding)
         if sizes.max() > _MAX_DOCUMENT_TOKENS:
-            raise RetMMapError(
-                f"a document of {sizes.max()} tokens; the format holds at most "
-                f"{_MAX_DOCUMENT_TOKENS}"
-            )
-        self._check_range(tokens)
-        occupied = sizes + self.layout.gap
-        shift = np.cumsum(occupied) - occupied - (np.cumsum(lengths) - lengths)
-        padded = np.full(int(occupied.sum()), self.pad_id, self.layout.dtype)
-        padded[np.arange(len(tokens)) + np.repeat(shift, lengths)] = tokens
-        self._file.write(padded.tobytes())
+            limit = _MAX_DOCUMENT_TOKENS
+            raise RetMMapError(f"a document of {sizes.max()} tokens; the format holds {limit}")
+        for document in documents:
+            self._check_range(document)
+        starts = np.cumsum(sizes + self.layout.gap) - (sizes + self.layout.gap)
+        padded = np.full(int((sizes + self.layout.gap).sum()), self.pad_id, self.layout.dtype)
+        for start, document in zip(starts.tolist(), documents, strict=True):
+            padded[start : start + len(document)] = document
+        self._file.write(padded.data if padded.size else b"")
         self._sizes.append(sizes.astype(np.int32))
 
     def _check_range(self, tokens: NDArray[Any]) -> None:
         dtype = self.layout.dtype
-        if dtype.kind == "f" or len(tokens) == 0:
+        if dtype.kind == "f" or len(tokens) == 0 or np.can_cast(tokens.dtype, dtype):
             return
         limits, low, high = np.iinfo(dtype), int(tokens.min()), int(tokens.max())
         if low < limits.min or high > limits.max:
-            raise RetMMapError(
-                f"token ids {low}..{high} do not fit {dtype.name}; use a wider dtype"
-            )
+            raise RetMMapError(f"token ids {low}..{high} do not fit {dtype}; use a wider dtype")
 
     @property
     def sizes(self) -> NDArray[np.int32]:
@@ -278,38 +272,35 @@ class RetMMapReader:
         self._check_tables(addresses, first_chunk)
         self.tokens = self._map_tokens()
 
-    def _fail(self, path: Path, message: str) -> RetMMapError:
-        return RetMMapError(f"{path}: {message}")
-
     def _read_header(self, raw: NDArray[np.uint8]) -> tuple[Layout, int, int]:
         path = self.idx_path
         if len(raw) < HEADER.size:
-            raise self._fail(
+            raise _fail(
                 path, f"{len(raw)} bytes; a retmmap header has {HEADER.size}. The file is truncated"
             )
         magic, version, stride, code, documents, chunk_size, chunks, retrieval = HEADER.unpack(
             raw[: HEADER.size].tobytes()
         )
         if magic != MAGIC:
-            raise self._fail(
+            raise _fail(
                 path, f"starts with {magic!r}, expected {MAGIC!r}; this is not a retmmap index"
             )
         if version != VERSION:
-            raise self._fail(path, f"version {version}; this reader knows version {VERSION}")
+            raise _fail(path, f"version {version}; this reader knows version {VERSION}")
         if code not in DTYPES:
-            raise self._fail(path, f"dtype code {code}; expected one of {sorted(DTYPES)}")
+            raise _fail(path, f"dtype code {code}; expected one of {sorted(DTYPES)}")
         if retrieval not in (0, 1):
-            raise self._fail(path, f"retrieval flag {retrieval}; expected 0 or 1")
+            raise _fail(path, f"retrieval flag {retrieval}; expected 0 or 1")
         self.is_legacy = stride == 0
         layout = Layout(chunk_size, stride or LEGACY_STRIDE, code, bool(retrieval))
         try:
             replace(layout, stride=layout.chunk_size if self.is_legacy else layout.stride).check()
         except RetMMapError as error:
-            raise self._fail(path, str(error)) from None
+            raise _fail(path, str(error)) from None
         expected = HEADER.size + documents * 20 + chunks * 8
         if len(raw) != expected:
             kind = "truncated" if len(raw) < expected else "over-long"
-            raise self._fail(
+            raise _fail(
                 path,
                 f"{len(raw)} bytes, but {documents} documents and {chunks} chunks need {expected}; "
                 f"the file is {kind}",
@@ -342,7 +333,7 @@ class RetMMapReader:
         wrong = np.flatnonzero((sizes < c) | (sizes % c != 0))
         if len(wrong):
             d = int(wrong[0])
-            raise self._fail(
+            raise _fail(
                 path,
                 f"document {d} has {sizes[d]} tokens; expected a positive multiple of chunk_size "
                 f"{c}",
@@ -350,7 +341,7 @@ class RetMMapReader:
         first = first_chunk_ids(self.layout, sizes)
         addresses = document_addresses(self.layout, sizes)
         if first[-1] != self.num_chunks:
-            raise self._fail(
+            raise _fail(
                 path, f"header says {self.num_chunks} chunks, the document sizes give {first[-1]}"
             )
         for name, found, expected in (
@@ -360,7 +351,7 @@ class RetMMapReader:
             differing = np.flatnonzero(found != expected)
             if len(differing):
                 d = int(differing[0])
-                raise self._fail(
+                raise _fail(
                     path, f"{name} of document {d} is {found[d]}, the sizes give {expected[d]}"
                 )
         self.first_chunk, self.addresses, self._bin_bytes = (
@@ -373,7 +364,7 @@ class RetMMapReader:
         found = self.bin_path.stat().st_size
         if found != self._bin_bytes:
             kind = "truncated" if found < self._bin_bytes else "over-long"
-            raise self._fail(
+            raise _fail(
                 self.bin_path,
                 f"{found} bytes, the index needs {self._bin_bytes}; the file is {kind}",
             )
@@ -392,7 +383,7 @@ class RetMMapReader:
                 message = (
                     f"byte address of chunk {start + i} is {found[i]}, the sizes give {block[i]}"
                 )
-                raise self._fail(self.idx_path, message)
+                raise _fail(self.idx_path, message)
             start += len(block)
 
     @property
@@ -468,30 +459,11 @@ class RetMMapReader:
         return size
 
 
+def _fail(path: Path, message: str) -> RetMMapError:
+    return RetMMapError(f"{path}: {message}")
+
+
 def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")
-
-
-def merge(parts: Sequence[RetMMapReader], bin_file: BinaryIO, idx_file: BinaryIO) -> int:
-    """Writes the documents of `parts` in order as one file; returns the number of chunks.
-
-    Byte-identical to writing all documents at once. Memory: 20 bytes a document and one copy
-    buffer.
-
-    Raises:
-        RetMMapError: no parts, or parts that differ in chunk_size, stride, dtype or kind.
-    """
-    if not parts:
-        raise RetMMapError("nothing to merge: expected at least one file")
-    for part in parts[1:]:
-        if part.layout != parts[0].layout:
-            raise RetMMapError(
-                f"cannot merge {part.idx_path} ({part.layout}) with {parts[0].idx_path} "
-                f"({parts[0].layout})"
-            )
-    for part in parts:
-        for start in range(0, len(part.tokens), _BLOCK_CHUNKS):
-            bin_file.write(part.tokens[start : start + _BLOCK_CHUNKS].tobytes())
-    return write_index(idx_file, parts[0].layout, np.concatenate([part.sizes for part in parts]))

@@ -8,59 +8,33 @@ finished shards.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from etl.loose_json import Document, InputError, Range, Reject, SourceFile, read_documents
-from etl.manifest import DOCUMENT_DTYPE, HELD_OUT, Shard, Split
-from etl.retmmap import Layout, RetMMapWriter
-from etl.storage import StageFolder, scratch_folder
-from etl.tokenizer import ByteLevelTokenizer
+from etl.encoder_ids import EncoderTokenizer
+from etl.manifest import HELD_OUT, SHARD_FILES, Split
+from etl.records import Document, RecordReader, Reject
+from etl.retmmap import Layout
+from etl.shard_writer import Piece, ShardWriter
+from etl.sources import Range
+from etl.splits import Fate, SplitRule
+from etl.storage import StageFolder, StorageError, StoredFile, read_bytes, scratch_folder
+from etl.tokenizer import Encoded, TextTokenizer, restore_tokenizer
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test", "retrieval")
-HASH_DTYPE = np.dtype([("high", "<i8"), ("low", "<i8"), ("ordinal", "<i4")])
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
+_REASONS = 100
 
 
-def parse_weights(splits_string: str) -> dict[Split, float]:
-    """Weights that add up to 1, from "train,validation,test" or "train,validation,test,retrieval".
-
-    Raises:
-        InputError: not three or four numbers, a negative one, or all zero.
-    """
-    try:
-        weights = [float(part) for part in splits_string.replace("/", ",").split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) not in (3, 4) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise InputError(
-            f"splits_string is {splits_string!r}; expected three or four weights, as 98,1,1 "
-            "(train, validation, test) "
-            "or 50,1,1,48 (and retrieval)"
-        )
-    weights += [0.0] * (4 - len(weights))
-    return {split: weight / sum(weights) for split, weight in zip(SPLITS, weights, strict=True)}
-
-
-def assign_split(content_hash: bytes, weights: dict[Split, float], seed: int) -> Split:
-    """The split of a document by the hash of its text: the same on any machine, in any order, for
-    equal texts."""
-    digest = hashlib.blake2b(content_hash, digest_size=8, key=str(seed).encode()).digest()
-    position = int.from_bytes(digest, "little") / 2**64
-    possible: list[Split] = [split for split in SPLITS if weights[split] > 0]
-    for split in SPLITS:
-        position -= weights[split]
-        if position < 0:
-            return split
-    return possible[-1]
+@lru_cache(maxsize=1)
+def _restored(data: bytes, eod_token: str) -> TextTokenizer:
+    """One for all tasks of a worker process: it takes a second to build."""
+    return restore_tokenizer(data, eod_token)
 
 
 @dataclass(frozen=True)
@@ -68,14 +42,12 @@ class SplitTask:
     """Everything a task needs besides the number of its split; picklable."""
 
     folder: StageFolder
-    sources: tuple[SourceFile, ...]
+    reader: RecordReader
     splits: tuple[tuple[Range, ...], ...]
-    tokenizer_json: str
+    tokenizer_data: bytes
     eod_token: str
-    text_key: str
-    split_key: str | None
-    weights: dict[Split, float]
-    split_seed: int
+    encoder: EncoderTokenizer | None
+    rule: SplitRule
     training: Layout
     retrieval: Layout | None
     append_eod: bool
@@ -92,28 +64,67 @@ class SplitTask:
             raise RuntimeError("no retrieval dataset was asked for")
         return self.retrieval
 
-    @cached_property
-    def tokenizer(self) -> ByteLevelTokenizer:
-        return ByteLevelTokenizer(Tokenizer.from_str(self.tokenizer_json), self.eod_token)
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return _restored(self.tokenizer_data, self.eod_token)
 
     def records(self, index: int) -> Iterator[Document | Reject]:
-        return read_documents(self.sources, self.splits[index], self.text_key, self.split_key)
+        return self.reader.read(self.splits[index])
 
-    def content_hashes(self, index: int) -> Iterator[NDArray[np.void]]:
-        """Blocks of HASH_DTYPE: the content hash and the ordinal of each usable record of the
-        split."""
-        block: list[tuple[int, int, int]] = []
-        documents = (record for record in self.records(index) if isinstance(record, Document))
-        for ordinal, document in enumerate(documents):
-            high, low = np.frombuffer(document.content_hash, "<i8")
-            block.append((high, low, ordinal))
-            if len(block) == 65536:
-                yield np.array(block, HASH_DTYPE)
-                block = []
-        yield np.array(block, HASH_DTYPE)
+    def documents(self, index: int) -> Iterator[tuple[int, Document]]:
+        """(number in the split, document) of the split's usable records."""
+        found = (record for record in self.records(index) if isinstance(record, Document))
+        return enumerate(found)
 
-    def write(self, index: int, dropped: frozenset[int]) -> str | None:
-        """Writes the split without the documents numbered in `dropped` and publishes its record.
+    def store_fates(self, index: int, fates: Mapping[int, Fate]) -> StoredFile:
+        """Stores what duplicate detection found about documents of a split, by number in it."""
+        rows = [
+            [ordinal, fate.reason, fate.cluster_hash.hex(), fate.is_held_out, fate.has_assigned]
+            for ordinal, fate in sorted(fates.items())
+        ]
+        with scratch_folder(self.folder.url) as scratch:
+            path = scratch / "fates.json"
+            path.write_text(json.dumps(rows))
+            [stored] = self.folder.store(f"fates/{index:05d}", path)
+        return stored
+
+    def stored_fates(self, file: StoredFile | None) -> dict[int, Fate]:
+        """What `store_fates` stored; nothing for a split without.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        if file is None:
+            return {}
+        data = read_bytes(self.folder.path_of(file.name))
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise StorageError(f"{self.folder.path_of(file.name)}: damaged; run the job again")
+        return {
+            ordinal: Fate(reason, bytes.fromhex(cluster), is_held_out, has_assigned)
+            for ordinal, reason, cluster, is_held_out, has_assigned in json.loads(data)
+        }
+
+    def run(
+        self,
+        index: int,
+        fates: StoredFile | None,
+        progress: Callable[[dict[str, int]], None],
+    ) -> str | None:
+        """`write`, unless an earlier attempt or another run has finished the split meanwhile."""
+        finished = self.folder.record(self.record_name(index))
+        if finished is None:
+            return self.write(index, self.stored_fates(fates), progress)
+        progress(finished["counts"])
+        return None
+
+    def write(
+        self,
+        index: int,
+        fates: Mapping[int, Fate],
+        progress: Callable[[dict[str, int]], None] = lambda _: None,
+    ) -> str | None:
+        """Writes the split and publishes its record; `fates` by number in the split are what
+        duplicate detection found.
 
         Returns None, or with fail_on_bad_record the description of the first bad record (then
         nothing is published).
@@ -122,23 +133,18 @@ class SplitTask:
             writer = _SplitWriter(self, scratch)
             ordinal = -1
             for record in self.records(index):
-                if isinstance(record, Reject):
-                    if self.fail_on_bad_record:
-                        place = f"{self.sources[record.source].url} at byte {record.offset}"
-                        return f"{place}: {record.reason}"
+                if isinstance(record, Document):
+                    ordinal += 1
+                    writer.add(record, fates.get(ordinal))
+                elif self.fail_on_bad_record:
+                    place = f"{self.reader.sources[record.source].url} at byte {record.offset}"
+                    return f"{place}: {record.reason}"
+                else:
                     writer.reject(record)
-                    continue
-                ordinal += 1
-                writer.add(record, ordinal in dropped)
-            self.folder.publish(self.record_name(index), writer.finish(f"{index:05d}"))
+            value = writer.finish(f"{index:05d}")
+            progress(value["counts"])
+            self.folder.publish(self.record_name(index), value)
         return None
-
-    def split_of(self, document: Document) -> Split:
-        return (
-            cast(Split, document.split)
-            if document.split
-            else assign_split(document.content_hash, self.weights, self.split_seed)
-        )
 
 
 class _SplitWriter:
@@ -146,125 +152,111 @@ class _SplitWriter:
 
     def __init__(self, task: SplitTask, scratch: Path) -> None:
         self.task, self.scratch = task, scratch
-        self.shards: dict[Split, _ShardWriter] = {}
-        self.batch: list[tuple[Document, Split]] = []
+        self.shards: dict[Split, ShardWriter] = {}
+        self.batch: list[tuple[Document, Split, Fate | None]] = []
         self.batch_characters = 0
         self.counts: Counter[str] = Counter()
-        self.rejects: list[Reject] = []
+        self.rejects: IO[str] | None = None
+        self.reject_reasons: Counter[str] = Counter()
 
-    def reject(self, record: Reject) -> None:
-        self.rejects.append(record)
-
-    def add(self, document: Document, is_dropped: bool) -> None:
-        if is_dropped:
-            self.counts["duplicates_dropped"] += 1
+    def add(self, document: Document, fate: Fate | None) -> None:
+        if fate is not None and fate.reason:
+            self.counts[fate.reason] += 1
             return
-        split = self.task.split_of(document)
+        split = self.task.rule.split_of(document, fate)
         self.counts["documents"] += 1
-        self.counts["text_bytes"] += len(document.text.encode())
+        self.counts["text_bytes"] += document.text_bytes
         self.counts["held_out"] += split in HELD_OUT
-        self.batch.append((document, split))
+        self.batch.append((document, split, fate))
         self.batch_characters += len(document.text)
         if self.batch_characters >= _BATCH_CHARACTERS or len(self.batch) >= _BATCH_DOCUMENTS:
             self._flush()
 
+    def reject(self, reject: Reject) -> None:
+        """Lists a record that is skipped."""
+        if self.rejects is None:
+            self.rejects = open(self.scratch / "rejects.jsonl", "w")  # noqa: SIM115
+        place = {"file": self.task.reader.sources[reject.source].url, "offset": reject.offset}
+        self.rejects.write(json.dumps({**place, "reason": reject.reason}) + "\n")
+        is_known = reject.reason in self.reject_reasons or len(self.reject_reasons) < _REASONS
+        self.reject_reasons[reject.reason if is_known else "other reasons"] += 1
+
     def _flush(self) -> None:
-        tokens = self.task.tokenizer.encode_batch([document.text for document, _ in self.batch])
-        if self.task.append_eod:
-            for ids in tokens:
-                ids.append(self.task.tokenizer.eod_id)
-        for split in SPLITS:
-            chosen = [
-                i for i, (_, assigned) in enumerate(self.batch) if self._belongs(assigned, split)
-            ]
-            if chosen:
-                self._shard(split).add(
-                    [self.batch[i][0] for i in chosen], [tokens[i] for i in chosen]
-                )
+        encoded = self._encode([document.text for document, _, _ in self.batch])
+        pieces: dict[Split, list[Piece]] = {}
+        for (document, split, fate), tokens in zip(self.batch, encoded, strict=True):
+            cluster = document.content_hash if fate is None else fate.cluster_hash
+            piece = Piece(document, tokens, int.from_bytes(cluster[:8], "little"))
+            self.counts["tokens"] += len(tokens.ids)
+            if split != "retrieval":
+                pieces.setdefault(split, []).append(piece)
+            if self.task.retrieval is not None:
+                if self.task.rule.is_held_back(split, fate):
+                    self.counts["held_back"] += 1
+                else:
+                    pieces.setdefault("retrieval", []).append(piece)
+        for split, chosen in pieces.items():
+            self._shard(split).add(chosen)
         self.batch, self.batch_characters = [], 0
 
-    def _belongs(self, assigned: Split, split: Split) -> bool:
-        if split == "retrieval":
-            return self.task.retrieval is not None and assigned not in HELD_OUT
-        return assigned == split
+    def _encode(self, texts: list[str]) -> list[Encoded]:
+        tokenizer = self.task.tokenizer
+        end = tokenizer.eod_id if self.task.append_eod else None
+        encoded = tokenizer.encode_batch(texts)
+        return _stored_form(encoded, end, self.task.training.dtype, tokenizer.vocab_size)
 
-    def _shard(self, split: Split) -> "_ShardWriter":
+    def _shard(self, split: Split) -> ShardWriter:
         if split not in self.shards:
-            writer = _ShardWriter(self.scratch, split, self.task.layout_of(split), self.task)
-            self.shards[split] = writer
+            self.shards[split] = ShardWriter(
+                self.scratch / split,
+                self.task.layout_of(split),
+                self.task.tokenizer,
+                self.task.encoder,
+                self.task.nemo_padding,
+                [source.name for source in self.task.reader.sources],
+            )
         return self.shards[split]
 
     def finish(self, stem: str) -> dict[str, Any]:
         """Stores the shards and the rejects; the split's record."""
         if self.batch:
             self._flush()
-        folders = {split: StageFolder(self.task.folder.path_of(split)) for split in self.shards}
         shards = {
-            split: asdict(writer.store(folders[split], stem))
+            split: asdict(writer.store(StageFolder(self.task.folder.path_of(split)), stem))
             for split, writer in self.shards.items()
         }
         files = {
             f"{split}.{part}": shard[part] | {"name": f"{split}/{shard[part]['name']}"}
             for split, shard in shards.items()
-            for part in ("bin", "idx", "docs")
+            for part in SHARD_FILES
+            if shard[part]
         }
-        if self.rejects:
-            files["rejects"] = self._store_rejects(stem)
-        reasons = Counter(reject.reason for reject in self.rejects)
+        if self.rejects is not None:
+            self.rejects.close()
+            path = self.scratch / "rejects.jsonl"
+            files["rejects"] = asdict(self.task.folder.store(f"rejects/{stem}", path)[0])
         return {
             "shards": shards,
             "files": files,
-            "counts": dict(self.counts),
-            "reject_reasons": dict(reasons),
+            "counts": {**self.counts, "skipped": self.reject_reasons.total()},
+            "reject_reasons": dict(self.reject_reasons),
         }
 
-    def _store_rejects(self, stem: str) -> dict[str, Any]:
-        path = self.scratch / "rejects.jsonl"
-        with open(path, "w") as file:
-            for reject in self.rejects:
-                entry = {
-                    "file": self.task.sources[reject.source].url,
-                    "offset": reject.offset,
-                    "reason": reject.reason,
-                }
-                file.write(json.dumps(entry) + "\n")
-        [stored] = self.task.folder.store(f"rejects/{stem}", path)
-        return asdict(stored)
 
-
-class _ShardWriter:
-    """One dataset's shard while it is written in scratch."""
-
-    def __init__(self, scratch: Path, split: Split, layout: Layout, task: SplitTask) -> None:
-        self.paths = [scratch / f"{split}{suffix}" for suffix in (".bin", ".idx", ".docs.npy")]
-        self.file: IO[bytes] = open(self.paths[0], "wb")  # noqa: SIM115
-        self.writer = RetMMapWriter(self.file, layout, task.tokenizer.pad_id, task.nemo_padding)  # type: ignore[arg-type]
-        self.documents: list[NDArray[np.void]] = []
-        self.num_tokens = 0
-
-    def add(self, documents: list[Document], tokens: list[list[int]]) -> None:
-        lengths = np.asarray([len(ids) for ids in tokens])
-        self.writer.add_batch(
-            np.concatenate([np.asarray(ids, np.int64) for ids in tokens]), lengths
-        )
-        self.num_tokens += int(lengths.sum())
-        table = np.zeros(len(documents), DOCUMENT_DTYPE)
-        table["content_hash"] = [
-            np.frombuffer(document.content_hash, "<u8") for document in documents
-        ]
-        table["source"] = [document.source for document in documents]
-        table["offset"] = [document.offset for document in documents]
-        table["text_bytes"] = [len(document.text.encode()) for document in documents]
-        self.documents.append(table)
-
-    def store(self, folder: StageFolder, stem: str) -> Shard:
-        self.file.close()
-        documents = np.concatenate(self.documents)
-        with open(self.paths[1], "wb") as file:
-            num_chunks = self.writer.write_index(file)
-        np.save(self.paths[2], documents)
-        bin_file, idx_file, docs_file = folder.store(stem, *self.paths)
-        text_bytes = int(documents["text_bytes"].sum())
-        return Shard(
-            bin_file, idx_file, docs_file, len(documents), num_chunks, self.num_tokens, text_bytes
-        )
+def _stored_form(
+    encoded: list[Encoded], end: int | None, dtype: np.dtype[Any], vocab_size: int
+) -> list[Encoded]:
+    """The same with an end-of-document token, which stands for no bytes, and ids in the dtype that
+    is stored: checked and converted once, as views of two arrays."""
+    ends = [] if end is None else [np.asarray([end], np.int32)]
+    none = np.zeros(len(ends), encoded[0].byte_lengths.dtype)
+    ids = np.concatenate([array for part in encoded for array in (part.ids, *ends)])
+    lengths = np.concatenate([array for part in encoded for array in (part.byte_lengths, none)])
+    if len(ids) and ids.view(np.uint32).max() >= vocab_size:
+        raise RuntimeError(f"the tokenizer gave an id beyond its vocabulary of {vocab_size}")
+    ids = ids.astype(dtype)
+    stops = np.cumsum([len(part.ids) + len(ends) for part in encoded]).tolist()
+    return [
+        Encoded(ids[start:stop], lengths[start:stop])
+        for start, stop in zip([0, *stops[:-1]], stops, strict=True)
+    ]

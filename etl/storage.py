@@ -8,16 +8,21 @@ a small create-only record. Readers trust records.
 fsspec and the standard library only.
 """
 
+import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -25,12 +30,15 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from etl.cache import cached_copy
+from etl.deadline import BoundedFileSystem, DeadlineError, RemoteError
+
 log = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "RETROMILL_CACHE"
-CACHE_BYTES_VARIABLE = "RETROMILL_CACHE_BYTES"
-DEFAULT_CACHE_BYTES = 256 << 30
-_COPY_BYTES = 8 << 20
+_READ_ATTEMPTS = 4
+_RANGE_BYTES = 8 << 20
+_SCRATCH = ".scratch-"
+_REQUESTS = 16
 
 
 class StorageError(ValueError):
@@ -53,9 +61,11 @@ def join_url(url: str, *names: str) -> str:
 
 
 def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem behind `url` and the path inside it."""
+    """The filesystem behind `url`, with deadlines if it is remote, and the path inside it."""
     filesystem, path = url_to_fs(url)
-    return filesystem, path
+    if isinstance(filesystem, LocalFileSystem):
+        return filesystem, path
+    return cast(fsspec.AbstractFileSystem, BoundedFileSystem(filesystem)), path
 
 
 def is_local(url: str) -> bool:
@@ -119,13 +129,24 @@ def write_atomically(url: str, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        _put(local, url)
+        put_file(local, url)
 
 
-def _put(local: Path, url: str) -> None:
+def put_file(local: Path, url: str) -> None:
+    """Moves (local destination) or uploads a finished file.
+
+    Raises:
+        StorageError: what arrived has another size.
+    """
     filesystem, path = filesystem_of(url)
     if not isinstance(filesystem, LocalFileSystem):
         filesystem.put_file(str(local), path)
+        filesystem.invalidate_cache()
+        if filesystem.size(path) != local.stat().st_size:
+            raise StorageError(
+                f"{url}: {filesystem.size(path)} bytes arrived of {local.stat().st_size}; run the "
+                "job again"
+            )
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     os.replace(local, path)
@@ -156,33 +177,118 @@ def create_json(url: str, value: Any) -> bool:
 
 
 def _create_local(path: str, data: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(os.path.dirname(path), f".scratch-{uuid.uuid4().hex}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
+    with scratch_folder(os.path.dirname(path)) as scratch:
+        temporary = scratch / "object"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(temporary, path)
-    finally:
-        os.unlink(temporary)
     _sync_folder(os.path.dirname(path))
+
+
+class RangeReader(io.RawIOBase):
+    """An object's bytes by range requests: seekable, each request within the deadline, and a
+    response of another length than asked for is an error.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        StorageError: while reading, if responses stay incomplete.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._filesystem, self._path = filesystem_of(url)
+        self._filesystem.invalidate_cache()
+        self._bytes: int = self._filesystem.info(self._path)["size"]
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {0: 0, 1: self._position, 2: self._bytes}[whence]
+        return self._position
+
+    def readall(self) -> bytes:
+        parts = []
+        while self._position < self._bytes:
+            stop = min(self._position + _RANGE_BYTES, self._bytes)
+            parts.append(self._range(self._position, stop))
+            self._position = stop
+        return b"".join(parts)
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._bytes)
+        if stop <= self._position:
+            return 0
+        data = self._range(self._position, stop)
+        buffer[: len(data)] = data
+        self._position = stop
+        return len(data)
+
+    def _range(self, start: int, stop: int) -> bytes:
+        found = 0
+        for attempt in range(_READ_ATTEMPTS):
+            time.sleep(attempt)
+            try:
+                found_bytes = self._filesystem.cat_file(self._path, start=start, end=stop)
+            except (DeadlineError, FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                if attempt == _READ_ATTEMPTS - 1:
+                    raise
+                continue
+            data = bytes(cast(Any, found_bytes))
+            if len(data) == stop - start:
+                return data
+            found = len(data)
+        raise StorageError(
+            f"{self._url}: asked for bytes {start}..{stop}, {found} came, {_READ_ATTEMPTS} times; "
+            "the object was changed or the storage is failing"
+        )
 
 
 @contextmanager
 def scratch_folder(url: str) -> Iterator[Path]:
     """A local folder to write in before storing under `url`; on the same disk when `url` is local.
-    Removed at exit."""
+    Removed at exit, and locked until then: it can be told from what a killed writer left."""
     filesystem, path = filesystem_of(url)
     if isinstance(filesystem, LocalFileSystem):
-        scratch = Path(path) / f".scratch-{uuid.uuid4().hex}"
+        scratch = Path(path) / f"{_SCRATCH}{uuid.uuid4().hex}"
         scratch.mkdir(parents=True)
     else:
         scratch = Path(tempfile.mkdtemp(prefix="retromill-"))
+    lock = os.open(scratch, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield scratch
     finally:
+        os.close(lock)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_held(scratch: str) -> bool:
+    """Whether the process that made this scratch folder lives (on a file system with locks)."""
+    try:
+        descriptor = os.open(scratch, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @dataclass(frozen=True)
@@ -207,11 +313,22 @@ class StageFolder:
         for path, digest in zip(local, digests, strict=True):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            stored.append(
-                StoredFile(f"{stem}-{key}{''.join(path.suffixes)}", path.stat().st_size, digest)
-            )
-            _put(path, self.path_of(stored[-1].name))
+            name = f"{stem}-{key}{''.join(path.suffixes)}"
+            stored.append(StoredFile(name, path.stat().st_size, digest))
+            self._put(path, stored[-1])
         return stored
+
+    def _put(self, path: Path, file: StoredFile) -> None:
+        """Stores the file; a failed upload counts if the object is there: only its reply was
+        lost."""
+        try:
+            put_file(path, self.path_of(file.name))
+        except RemoteError as error:
+            with suppress(StorageError):
+                self.check_size(file)
+                log.info("%s arrived, though: %s", file.name, error)
+                return
+            raise
 
     def publish(self, record: str, value: dict[str, Any]) -> dict[str, Any]:
         """Create-only: the record that is in force afterwards, this one or an earlier attempt's."""
@@ -224,22 +341,41 @@ class StageFolder:
 
         A record that cannot be trusted is removed, so that the work it stood for is done again.
         """
+        return self._trusted(record, self.check_size)
+
+    def records(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Those of the records that are there and can be trusted, as `record` does, but with one
+        listing of the folder and many requests at a time."""
+        filesystem, path = filesystem_of(self.url)
+        filesystem.invalidate_cache()
+        root = path.rstrip("/") + "/"
+        listing = cast(dict[str, Any], filesystem.find(path, detail=True))
+        sizes = {name.removeprefix(root): entry["size"] for name, entry in listing.items()}
+        present = [name for name in names if f"{name}.json" in sizes]
+
+        def check(file: StoredFile) -> None:
+            if sizes.get(file.name) != file.bytes:
+                self.check_size(file)
+
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            values = pool.map(lambda name: self._trusted(name, check), present)
+            return {name: value for name, value in zip(present, values, strict=True) if value}
+
+    def _trusted(self, record: str, check: Callable[[StoredFile], None]) -> dict[str, Any] | None:
         url = self.path_of(f"{record}.json")
         try:
             value = read_json(url)
-            self._check_sizes(value)
+            for entry in value.get("files", {}).values():
+                check(StoredFile(**entry))
         except FileNotFoundError:
             return None
         except StorageError as error:
             log.warning("redoing %s: %s", record, error)
             filesystem, path = filesystem_of(url)
-            filesystem.rm_file(path)
+            with suppress(FileNotFoundError):
+                filesystem.rm_file(path)
             return None
         return value
-
-    def _check_sizes(self, record: dict[str, Any]) -> None:
-        for entry in record.get("files", {}).values():
-            self.check_size(StoredFile(**entry))
 
     def check_size(self, file: StoredFile) -> None:
         """Raises StorageError unless the file is there with the recorded size."""
@@ -264,49 +400,59 @@ class StageFolder:
         if isinstance(filesystem, LocalFileSystem):
             self.check_size(file)
             return Path(path)
-        return _cached_copy(filesystem, path, file)
+        download = partial(_download, filesystem, path, file)
+        return cached_copy(file.sha256, file.bytes, download)
+
+    def fetch_verified(self, file: StoredFile) -> Path:
+        """As `fetch`, with the sha256 of a local file checked too: for files whose damage their own
+        format does not show.
+
+        Raises:
+            StorageError: missing, of another size, or of another sha256 than recorded.
+        """
+        path = self.fetch(file)
+        if is_local(self.url) and (found := sha256_of(path)) != file.sha256:
+            raise StorageError(
+                f"{path}: sha256 {found}, its record says {file.sha256}; the file is damaged: "
+                "delete it and run the job that wrote it again"
+            )
+        return path
 
     def remove_scratch(self) -> None:
-        """Deletes what killed writers left in a local folder; call it once the stage is
-        complete."""
-        if is_local(self.url):
-            for leftover in Path(filesystem_of(self.url)[1]).rglob(".scratch-*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _cached_copy(filesystem: fsspec.AbstractFileSystem, path: str, file: StoredFile) -> Path:
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "retromill")
-    cache.mkdir(parents=True, exist_ok=True)
-    target = cache / file.sha256
-    if target.exists() and target.stat().st_size == file.bytes:
-        os.utime(target)
-        return target
-    temporary = cache / f".scratch-{uuid.uuid4().hex}"
-    try:
-        filesystem.get_file(path, str(temporary))
-        found = sha256_of(temporary)
-        if found != file.sha256:
-            raise StorageError(
-                f"{path}: sha256 {found}, its record says {file.sha256}; the object is damaged"
-            )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _evict(cache, keep=target)
-    return target
-
-
-def _evict(cache: Path, keep: Path) -> None:
-    """Removes the least recently used copies beyond the bound; open memory maps of them stay
-    valid."""
-    bound = int(os.environ.get(CACHE_BYTES_VARIABLE) or DEFAULT_CACHE_BYTES)
-    copies = sorted(
-        (p for p in cache.iterdir() if len(p.name) == 64), key=lambda p: p.stat().st_mtime
-    )
-    total = sum(p.stat().st_size for p in copies)
-    for copy in copies:
-        if total <= bound:
+        """Deletes what killed writers left in a local folder; what a living one holds stays. Call
+        it once the stage is complete."""
+        if not is_local(self.url):
             return
-        if copy != keep:
-            total -= copy.stat().st_size
-            copy.unlink(missing_ok=True)
+        for folder, folders, files in os.walk(filesystem_of(self.url)[1]):
+            for name in [name for name in (*folders, *files) if name.startswith(_SCRATCH)]:
+                leftover = os.path.join(folder, name)
+                if _is_held(leftover):
+                    continue
+                shutil.rmtree(leftover, ignore_errors=True)
+                with suppress(OSError):
+                    os.unlink(leftover)
+
+    def remove_unnamed(self, named: set[str]) -> int:
+        """Deletes every object of the folder whose name is not in `named`: what attempts left
+        behind that nothing refers to. Returns how many. Call it once the stage is complete."""
+        self.remove_scratch()
+        filesystem, path = filesystem_of(self.url)
+        filesystem.invalidate_cache()
+        root = path.rstrip("/") + "/"
+        names = [entry.removeprefix(root) for entry in filesystem.find(path)]
+        unnamed = [name for name in names if name not in named and f"/{_SCRATCH}" not in f"/{name}"]
+        for name in unnamed:
+            with suppress(FileNotFoundError):
+                filesystem.rm_file(root + name)
+        return len(unnamed)
+
+
+def _download(
+    filesystem: fsspec.AbstractFileSystem, path: str, file: StoredFile, local: Path
+) -> None:
+    filesystem.get_file(path, str(local))
+    found = sha256_of(local)
+    if found != file.sha256:
+        raise StorageError(
+            f"{path}: sha256 {found}, its record says {file.sha256}; the object is damaged"
+        )

@@ -1,22 +1,16 @@
 import gzip
 import hashlib
+import io
 import json
 import random
 
 import pytest
 import zstandard
 
+from etl import loose_json
 from etl.compressed import CompressedError
-from etl.loose_json import (
-    Document,
-    InputError,
-    Range,
-    Reject,
-    find_sources,
-    parse_record,
-    plan_splits,
-    read_documents,
-)
+from etl.records import Document, Fields, RecordReader, Reject
+from etl.sources import InputError, Range, find_sources, plan_splits
 
 
 def lines_of(texts):
@@ -31,9 +25,15 @@ def read(sources, splits):
     """Records of all splits in order, as (source, offset, text or reason)."""
     found = []
     for ranges in splits:
-        for record in read_documents(sources, ranges, "text", None):
+        for record in RecordReader(tuple(sources), Fields()).read(ranges):
             found.append((record.source, record.offset, getattr(record, "text", None)))
     return found
+
+
+def parse(line, source, offset, split_key=None):
+    """What becomes of one line."""
+    found = loose_json._parse(line, offset)
+    return RecordReader((), Fields(split_key=split_key)).document(found, source, offset)
 
 
 def random_texts(generator, count):
@@ -140,7 +140,7 @@ def test_compressed_files_of_many_frames_are_read_whole_and_cut_ones_refused(
         (b"null", "a JSON NoneType, expected an object"),
         (b'{"body": "x"}', "no field 'text'"),
         (b'{"text": 5}', "field 'text' is a int, expected a string"),
-        (b'{"text": null}', "field 'text' is a NoneType, expected a string"),
+        (b'{"text": null}', "field 'text' is null"),
         (b'{"text": ["a"]}', "field 'text' is a list, expected a string"),
         (b'{"text": ""}', "field 'text' is empty"),
         (b'{"text": " \\n\\t"}', "field 'text' is empty"),
@@ -149,7 +149,7 @@ def test_compressed_files_of_many_frames_are_read_whole_and_cut_ones_refused(
     ],
 )
 def test_a_record_that_cannot_be_used_says_why(line, reason):
-    found = parse_record(line, 3, 77, "text", "split")
+    found = parse(line, 3, 77, "split")
     assert isinstance(found, Reject)
     assert (found.source, found.offset) == (3, 77)
     assert reason in found.reason
@@ -159,7 +159,7 @@ def test_a_record_that_cannot_be_used_says_why(line, reason):
     "text", ["\U0001f600\U0001f680", "a\x00b", "<|endoftext|>", "x" * 5_000_000, " padded "]
 )
 def test_unusual_documents_are_kept_as_they_are(text):
-    found = parse_record(json.dumps({"text": text}).encode(), 0, 5, "text")
+    found = parse(json.dumps({"text": text}).encode(), 0, 5)
     assert isinstance(found, Document)
     assert found.text == text
     assert found.content_hash == hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -172,6 +172,14 @@ def test_a_document_of_5_mb_across_many_splits_is_read_once(tmp_path):
     assert [text for _, _, text in read(sources, plan_splits(sources, 300_000))] == texts
 
 
+def test_a_split_inside_a_huge_line_reads_no_further_than_its_end():
+    file = io.BytesIO(b"x" * 10_000 + b"\n" + lines_of(["next"]))
+    assert loose_json._first_line(file, Range(0, 100, 300)) == 300
+    assert file.tell() == 299
+    assert loose_json._first_line(file, Range(0, 9_990, 10_001)) == 10_001
+    assert loose_json._first_line(file, Range(0, 9_990, 10_002)) == 10_001
+
+
 def test_byte_order_mark_blank_lines_and_windows_line_ends_are_no_records(tmp_path):
     raw = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}\r\n\n'
     (tmp_path / "a.jsonl").write_bytes(raw)
@@ -181,7 +189,7 @@ def test_byte_order_mark_blank_lines_and_windows_line_ends_are_no_records(tmp_pa
 
 def test_the_split_field_is_optional_in_a_record():
     kept = [
-        parse_record(line, 0, 1, "text", "split").split
+        parse(line, 0, 1, "split").split
         for line in (
             b'{"text": "a", "split": "test"}',
             b'{"text": "a"}',
@@ -192,7 +200,7 @@ def test_the_split_field_is_optional_in_a_record():
 
 
 def test_sources_are_found_in_folders_and_globs_and_sorted(tmp_path):
-    for name in ("b/2.jsonl", "b/1.jsonl.gz", "a.json", "c.txt"):
+    for name in ("b/2.jsonl", "b/1.jsonl.gz", "a.json", "c.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     names = [source.name for source in find_sources([str(tmp_path)])]
@@ -209,13 +217,34 @@ def test_a_source_has_another_version_when_its_content_changes(tmp_path):
     assert versions[0] == versions[2] != versions[1]
 
 
+def test_lists_of_globs_are_read_and_files_of_other_kinds_are_named(tmp_path, caplog):
+    for name in ("a/1.jsonl", "a/2.jsonl", "a/notes.md", "b/3.txt", "b/4.parquet", "c/5.json.zst"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    urls = [f"{tmp_path}/a", f"{tmp_path}/b/*", f"{tmp_path}/c/5*"]
+    expected = ["a/1.jsonl", "a/2.jsonl", "b/3.txt", "b/4.parquet", "c/5.json.zst"]
+    assert [source.name for source in find_sources(urls)] == expected
+    assert "1 files of other kinds are not read" in caplog.text
+    assert "notes.md" in caplog.text
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of(["one", "two"]))
+    sources = find_sources([str(path)])
+    splits = plan_splits(sources, 1 << 20)
+    path.write_bytes(lines_of(["one", "two", "three"]))
+    with pytest.raises(InputError, match=r"a\.jsonl: changed while the job ran"):
+        read(sources, splits)
+
+
 def test_inputs_that_cannot_be_meant_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"")
-    (tmp_path / "a.txt").write_bytes(b"x")
+    (tmp_path / "a.md").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match="absent"):
         find_sources([str(tmp_path / "absent")])
     with pytest.raises(InputError, match="expected a file ending in"):
-        find_sources([str(tmp_path / "a.txt")])
+        find_sources([str(tmp_path / "a.md")])
     with pytest.raises(InputError, match="empty"):
         find_sources([str(tmp_path / "a.jsonl")])
     with pytest.raises(InputError, match="more than once"):

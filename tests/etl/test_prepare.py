@@ -1,6 +1,8 @@
 import gzip
 import json
 import random
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 
 from etl.dataset import Dataset
-from etl.loose_json import BadRecordError, InputError
 from etl.manifest import DOCUMENT_DTYPE
 from etl.prepare import PrepareConfig, prepare
+from etl.records import BadRecordError
+from etl.sources import InputError
 from etl.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.spark
@@ -85,11 +88,11 @@ def texts_of(dataset, tokenizer_url):
 def test_any_number_of_tasks_gives_the_same_datasets(config, corpus, spark, tmp_path):
     total = sum(path.stat().st_size for path in corpus.iterdir())
     found = {}
-    for tasks in (1, 2, 7):
+    for tasks in (1, 2, 7, 40):
         sized = replace(
             config, split_bytes=-(-total // tasks), output_url=str(tmp_path / f"{tasks}")
         )
-        assert prepare(replace(sized, dry_run=True), no_session)["tasks"] == tasks
+        assert abs(prepare(replace(sized, dry_run=True), no_session)["tasks"] - tasks) <= 1
         found[tasks] = datasets(prepare(sized, lambda: spark))
     assert set(found[1]) == {"train", "validation", "test", "retrieval"}
     assert len(found[7]["train"].manifest.shards) > 2
@@ -97,6 +100,7 @@ def test_any_number_of_tasks_gives_the_same_datasets(config, corpus, spark, tmp_
         expected = contents(found[1][split])
         assert contents(found[2][split]) == expected
         assert contents(found[7][split]) == expected
+        assert contents(found[40][split]) == expected
 
 
 def test_documents_are_split_once_and_held_out_ones_cannot_be_retrieved(
@@ -206,6 +210,66 @@ def test_a_bad_record_can_be_made_an_error(config, bad_corpus, spark):
         prepare(strict, lambda: spark)
     assert not list(Path(config.output_url).rglob("corpus.json"))
     assert not list(Path(config.output_url).rglob("manifest.json"))
+
+
+def test_a_run_that_failed_is_continued_where_it_was_and_skipping_is_not_forgotten(
+    config, corpus, spark, tmp_path
+):
+    lines = (corpus / "a.jsonl").read_bytes() + b"nonsense\n" + (corpus / "b.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    config = replace(config, input_urls=str(tmp_path / "a.jsonl"), split_bytes=3000)
+    strict = replace(config, on_bad_record="fail")
+    with pytest.raises(BadRecordError, match=r"a\.jsonl at byte \d+: not JSON"):
+        prepare(strict, lambda: spark)
+    names_before = job_names(spark)
+    assert any(re.fullmatch(r"prepare: read and hash \d+ splits, .*", n) for n in names_before)
+    assert any(re.fullmatch(r"prepare: tokenize and write \d+ splits", n) for n in names_before)
+    result = prepare(config, lambda: spark)
+    new = job_names(spark)[len(names_before) :]
+    assert set(new) == {"prepare: tokenize and write 1 splits"}
+    assert result["counts"]["duplicates_dropped"] == 10
+    with pytest.raises(BadRecordError, match=r"skipped 1 records \(1: not JSON"):
+        prepare(strict, no_session)
+
+
+def job_names(spark):
+    """Names of all jobs in the Spark UI, first to last; their stages bear the same."""
+    store = spark.sparkContext._jsc.sc().statusStore()
+    jobs = store.jobsList(None)
+    found = sorted((jobs.apply(i) for i in range(jobs.size())), key=lambda job: job.jobId())
+    return [job.description().get() if job.description().isDefined() else "" for job in found]
+
+
+def test_two_runs_at_once_give_one_result(config, spark):
+    with ThreadPoolExecutor(2) as pool:
+        config = replace(config, split_bytes=3000)
+        first, second = pool.map(lambda _: prepare(config, lambda: spark), range(2))
+    assert first == second
+    for dataset in datasets(first).values():
+        assert len(contents(dataset)["documents"][0]) == dataset.num_documents
+    folder = Path(first["url"])
+    assert not list(folder.rglob(".scratch-*"))
+    assert not (folder / "fates").exists() or not list((folder / "fates").iterdir())
+
+
+def test_documents_need_no_end_token(config, spark, tokenizer_url):
+    without = replace(config, append_eod=False, splits_string="1,0,0")
+    train = datasets(prepare(without, lambda: spark))["train"]
+    eod = train.manifest.eod_id
+    assert not any(
+        (train.shard(i)[0].tokens == eod).any() for i in range(len(train.manifest.shards))
+    )
+    assert train.chunk_bytes(np.arange(train.num_chunks)).sum() == train.manifest.text_bytes
+    texts = texts_of(train, tokenizer_url)
+    assert texts == [t for i, t in enumerate(make_texts()) if i not in (4, 5)]
+
+
+def test_outputs_are_never_taken_for_inputs(config, corpus, spark, tmp_path):
+    write_lines(tmp_path / "in.json", [{"text": "one"}])
+    glob = replace(config, input_urls=f"{tmp_path}/**/*.json", output_url=str(tmp_path / "out"))
+    prepare(glob, lambda: spark)
+    with pytest.raises(InputError, match=r"input files lie in output_url"):
+        prepare(glob, no_session)
 
 
 def test_a_file_that_was_cut_is_an_error_without_sparks_traceback(config, corpus, spark, tmp_path):

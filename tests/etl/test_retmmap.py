@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 
+from etl.merge import merge
 from etl.retmmap import (
     DTYPES,
     HEADER,
@@ -11,7 +12,6 @@ from etl.retmmap import (
     RetMMapError,
     RetMMapReader,
     RetMMapWriter,
-    merge,
     write_index,
 )
 

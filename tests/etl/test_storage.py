@@ -6,14 +6,14 @@ import uuid
 import fsspec
 import pytest
 
-from etl import storage
+from etl import cache, storage
 from etl.storage import StageFolder, StorageError, StoredFile, create_json, read_json
 
 
 @pytest.fixture(params=["file", "memory"])
 def url(request, tmp_path, monkeypatch):
     """A folder that does not exist yet. Copies of remote objects go to the test's own cache."""
-    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     if request.param == "file":
         return str(tmp_path / "folder")
     return f"memory://{uuid.uuid4().hex}"
@@ -144,7 +144,7 @@ def test_fetch_refuses_a_file_of_another_size(url, tmp_path):
 
 
 def test_fetch_refuses_a_remote_object_with_a_flipped_byte(tmp_path, monkeypatch):
-    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     folder, stored = published(f"memory://{uuid.uuid4().hex}", tmp_path)
     overwrite(folder.path_of(stored.name), b"Content")
     with pytest.raises(StorageError, match="damaged"):
@@ -153,7 +153,7 @@ def test_fetch_refuses_a_remote_object_with_a_flipped_byte(tmp_path, monkeypatch
 
 
 def test_fetch_makes_one_copy_of_equal_content(tmp_path, monkeypatch):
-    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     folder, stored = published(f"memory://{uuid.uuid4().hex}", tmp_path)
     first = folder.fetch(stored)
     filesystem, path = storage.filesystem_of(folder.path_of(stored.name))
@@ -163,12 +163,12 @@ def test_fetch_makes_one_copy_of_equal_content(tmp_path, monkeypatch):
 
 
 def test_the_cache_keeps_its_bound_by_dropping_what_was_used_longest_ago(tmp_path, monkeypatch):
-    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setenv(storage.CACHE_BYTES_VARIABLE, "25")
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.CACHE_BYTES_VARIABLE, "25")
     url = f"memory://{uuid.uuid4().hex}"
     files = [published(url, tmp_path, bytes([i]) * 10)[1] for i in range(3)]
     folder = StageFolder(url)
-    for age, file in ((300, files[0]), (200, files[1]), (100, files[2])):
+    for age, file in ((3000, files[0]), (2000, files[1]), (1000, files[2])):
         path = folder.fetch(file)
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
     kept = {copy.name for copy in (tmp_path / "cache").iterdir()}
@@ -183,6 +183,26 @@ def test_scratch_of_killed_writers_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "folder" / ".scratch-2").write_bytes(b"x")
     folder.remove_scratch()
     assert names_in(folder.url) == sorted(["done.json", stored.name])
+
+
+def test_scratch_of_a_living_writer_stays(tmp_path):
+    folder, stored = published(str(tmp_path / "folder"), tmp_path)
+    with storage.scratch_folder(folder.path_of("shards")) as scratch:
+        (scratch / "half").write_bytes(b"x")
+        assert folder.remove_unnamed({stored.name, "done.json"}) == 0
+        assert (scratch / "half").read_bytes() == b"x"
+    assert names_in(folder.url) == sorted(["done.json", stored.name])
+
+
+def test_records_are_those_that_can_be_trusted(url, tmp_path):
+    folder, _ = published(url, tmp_path)
+    [other] = folder.store("other", write_file(tmp_path / "o.bin", b"other"))
+    folder.publish("deep/cut", {"files": {"data": storage.asdict(other)}})
+    folder.publish("deep/good", {"rows": 1})
+    overwrite(folder.path_of(other.name), b"oth")
+    found = folder.records(["done", "absent", "deep/cut", "deep/good"])
+    assert found == {"done": folder.record("done"), "deep/good": {"rows": 1}}
+    assert "cut.json" not in names_in(url)
 
 
 def test_content_key_changes_with_any_part():

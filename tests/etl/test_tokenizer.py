@@ -3,12 +3,19 @@ import shutil
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
-from etl.tokenizer import EOD_TOKEN, PAD_TOKEN, ByteLevelTokenizer, TokenizerError, load_tokenizer
+from etl.huggingface_tokenizer import HuggingFaceTokenizer
+from etl.tokenizer import EOD_TOKENS, PAD_TOKEN, TokenizerError, load_tokenizer
+
+EOD_TOKEN = EOD_TOKENS[0]
 
 TEXTS = ["the harbor light", "naïve \U0001f600 text\n\n  indented", "\x00\x7f", "日本語", "a" * 300]
+
+
+def ids_of(tokenizer, texts):
+    return [encoded.ids.tolist() for encoded in tokenizer.encode_batch(texts)]
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +31,9 @@ def test_all_three_ways_of_storing_load_the_same_tokenizer(tokenizer_folder, tmp
         for url in (tmp_path, tokenizer_folder, tokenizer_folder / "tokenizer.json")
     )
     assert folder.fingerprint == file.fingerprint
-    expected = folder.encode_batch(TEXTS)
+    expected = ids_of(folder, TEXTS)
     for other in (gpt2, file):
-        assert other.encode_batch(TEXTS) == expected
+        assert ids_of(other, TEXTS) == expected
         assert (other.pad_id, other.eod_id, other.vocab_size) == (
             *(folder.pad_id, folder.eod_id),
             folder.vocab_size,
@@ -42,7 +49,7 @@ def test_a_missing_pad_token_is_added_after_the_vocabulary(tokenizer_folder, tok
 
 
 def test_writing_and_loading_changes_nothing(tokenizer, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.to_bytes())
     again = load_tokenizer(str(tmp_path))
     assert again.fingerprint == tokenizer.fingerprint
     assert (again.pad_id, again.vocab_size) == (tokenizer.pad_id, tokenizer.vocab_size)
@@ -50,20 +57,23 @@ def test_writing_and_loading_changes_nothing(tokenizer, tmp_path):
 
 def test_special_token_strings_in_text_stay_text(tokenizer):
     texts = [f"before {EOD_TOKEN} after", EOD_TOKEN, PAD_TOKEN, f"{EOD_TOKEN}{PAD_TOKEN}"]
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    for text, ids in zip(texts, ids_of(tokenizer, texts), strict=True):
         assert not {tokenizer.eod_id, tokenizer.pad_id} & set(ids)
         assert tokenizer.decode_batch(np.asarray([ids])) == [text]
 
 
 def test_text_survives_encoding_and_so_do_its_bytes(tokenizer):
-    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+    for text, ids in zip(TEXTS, ids_of(tokenizer, TEXTS), strict=True):
         assert tokenizer.decode_batch(np.asarray([ids])) == [text]
         assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
-        assert sum(tokenizer.token_lengths[i] for i in ids) == len(text.encode())
+    for text, encoded in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        lengths = [len(tokenizer.token_bytes[i]) for i in encoded.ids]
+        assert encoded.byte_lengths.tolist() == lengths
+        assert sum(lengths) == len(text.encode())
 
 
 def test_decoding_drops_special_tokens(tokenizer):
-    [ids] = tokenizer.encode_batch(["the light"])
+    [ids] = ids_of(tokenizer, ["the light"])
     row = [*ids, tokenizer.eod_id, tokenizer.pad_id, tokenizer.pad_id]
     assert tokenizer.decode_batch(np.asarray([row])) == ["the light"]
     assert tokenizer.token_bytes[tokenizer.eod_id] == b""
@@ -74,13 +84,13 @@ def test_settings_of_the_file_do_not_cut_or_pad_texts(tokenizer_folder, tokenize
     stored = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     stored.enable_truncation(3)
     stored.enable_padding(length=50)
-    assert ByteLevelTokenizer(stored).encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert ids_of(HuggingFaceTokenizer(stored), TEXTS) == ids_of(tokenizer, TEXTS)
 
 
 def test_another_end_of_document_token_is_another_tokenizer(tokenizer_folder, tokenizer):
     stored = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     stored.add_special_tokens(["</s>"])
-    other = ByteLevelTokenizer(stored, "</s>")
+    other = HuggingFaceTokenizer(stored, "</s>")
     assert other.eod_id == stored.token_to_id("</s>")
     assert other.fingerprint != tokenizer.fingerprint
 
@@ -90,12 +100,10 @@ def test_tokenizers_that_cannot_be_used_are_refused(tokenizer_folder, tmp_path):
         load_tokenizer(str(tmp_path / "absent"))
     with pytest.raises(TokenizerError, match="no end-of-document token '</s>'"):
         load_tokenizer(str(tokenizer_folder), "</s>")
-    words = Tokenizer(WordLevel({"a": 0, EOD_TOKEN: 1}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(TokenizerError, match="byte-level"):
-        ByteLevelTokenizer(words)
-    with pytest.raises(TokenizerError, match="byte-level"):
-        ByteLevelTokenizer(Tokenizer(BPE()))
+    with pytest.raises(TokenizerError, match="no end-of-document"):
+        HuggingFaceTokenizer(Tokenizer(BPE()))
+    with pytest.raises(TokenizerError, match="need_pad_id is false"):
+        load_tokenizer(str(tokenizer_folder), need_pad_id=False)
 
 
 def test_broken_files_are_named(tokenizer_folder, tmp_path):

@@ -1,53 +1,55 @@
-"""Faiss: which index for how many vectors, training, adding shards, merging, searching. CPU Faiss.
+"""Faiss: training, adding shards, merging, files.
 
 All vectors have unit length, so inner product is the cosine similarity. faiss is imported at the
-top: only modules that search may import this one.
+top: only modules that build or search may import this one.
 """
 
-from math import sqrt
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from indexing.embeddings import Embeddings
-
-EXACT_VECTORS = 200_000
-DEFAULT_NPROBE = 32
+from indexing.inverted_lists import InvertedLists
 
 
 class IndexBuildError(ValueError):
     """An index that cannot be built or does not fit its vectors."""
 
 
-def choose_factory(num_vectors: int) -> tuple[str, str]:
-    """(factory string, reason): exact search while that is affordable, inverted lists with 8-bit
-    codes above."""
-    if num_vectors <= EXACT_VECTORS:
-        return "Flat", f"{num_vectors} vectors are at most {EXACT_VECTORS}: exact search"
-    lists = int(4 * sqrt(num_vectors))
-    return (
-        f"IVF{lists},SQ8",
-        f"{num_vectors} vectors are more than {EXACT_VECTORS}: {lists} inverted lists",
-    )
+METRICS = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 
 
 def train_index(
-    factory: str, embeddings: Embeddings, train_index_size: int, seed: int
+    factory: str, metric: str, embeddings: Embeddings, stop: int, train_index_size: int, seed: int
 ) -> faiss.Index:
-    """A trained, empty index that takes explicit int64 ids. The sample is drawn without
-    replacement.
+    """A trained, empty index that takes explicit int64 ids. The sample is drawn from chunk ids
+    0..stop-1 without replacement.
 
     Raises:
-        IndexBuildError: an unknown factory string, or too few vectors to train it.
+        IndexBuildError: an unknown factory string, one that cannot be built in shards, or too few
+            vectors to train it.
     """
-    sample = _training_sample(embeddings, train_index_size, seed)
     try:
-        index = faiss.index_factory(
-            embeddings.dimension, _with_ids(factory), faiss.METRIC_INNER_PRODUCT
+        index = faiss.index_factory(embeddings.dimension, _with_ids(factory), METRICS[metric])
+    except RuntimeError as error:
+        raise IndexBuildError(f"faiss_factory {factory!r} is not one of Faiss: {error}") from None
+    if "HNSW" in factory and not has_lists(index):
+        raise IndexBuildError(
+            f"faiss_factory {factory!r}: a graph cannot be built in shards; use HNSW as the coarse "
+            "quantizer of inverted lists, as in IVF65536_HNSW32,SQ8"
         )
+    sample = _training_sample(embeddings, stop, train_index_size, seed)
+    lists = num_lists(index)
+    if len(sample) < lists:
+        raise IndexBuildError(
+            f"faiss_factory {factory!r} has {lists} inverted lists, but only {len(sample)} vectors "
+            "to train on; use fewer lists, or Flat"
+        )
+    try:
         index.train(sample)
     except RuntimeError as error:
         raise IndexBuildError(
@@ -61,11 +63,21 @@ def _with_ids(factory: str) -> str:
     return factory if "IVF" in factory or factory.startswith("IDMap") else f"IDMap,{factory}"
 
 
-def _training_sample(embeddings: Embeddings, size: int, seed: int) -> NDArray[np.float32]:
-    total = embeddings.num_chunks
-    chosen = np.random.default_rng(seed).choice(total, min(size, total), replace=False)
+def _training_sample(
+    embeddings: Embeddings, stop: int, size: int, seed: int
+) -> NDArray[np.float32]:
+    chosen = np.random.default_rng(seed).choice(stop, min(size, stop), replace=False)
     vectors = embeddings.rows(np.sort(chosen)).astype(np.float32)
+    _check_finite(vectors, embeddings, "the training sample")
     return vectors[np.any(vectors != 0, axis=1)]
+
+
+def _check_finite(vectors: NDArray[np.float32], embeddings: Embeddings, which: str) -> None:
+    if not np.isfinite(vectors).all():
+        raise IndexBuildError(
+            f"{embeddings.url}: the vectors of {which} are not all finite; delete that folder and "
+            "embed again"
+        )
 
 
 def add_rows(index: faiss.Index, embeddings: Embeddings, start: int, stop: int) -> None:
@@ -75,16 +87,13 @@ def add_rows(index: faiss.Index, embeddings: Embeddings, start: int, stop: int) 
     Raises:
         IndexBuildError: a vector is not finite (Faiss would lose it silently).
     """
+    lists = InvertedLists(index) if InvertedLists.are_in(index) else None
     for first, block in embeddings.slices(start, stop):
         vectors = np.ascontiguousarray(block, np.float32)
-        if not np.isfinite(vectors).all():
-            raise IndexBuildError(
-                f"{embeddings.url}: vectors from chunk {first} on are not all finite"
-            )
+        _check_finite(vectors, embeddings, f"chunk {first} and those after it")
         keep = np.any(vectors != 0, axis=1)
-        index.add_with_ids(
-            vectors[keep], np.arange(first, first + len(vectors), dtype=np.int64)[keep]
-        )
+        ids = np.arange(first, first + len(vectors), dtype=np.int64)[keep]
+        (index.add_with_ids if lists is None else lists.add)(vectors[keep], ids)
 
 
 def shard_range(total: int, total_shards: int, shard_id: int) -> tuple[int, int]:
@@ -101,20 +110,24 @@ def shard_range(total: int, total_shards: int, shard_id: int) -> tuple[int, int]
     return shard_id * size, total if shard_id == total_shards - 1 else (shard_id + 1) * size
 
 
-def merge_indexes(indexes: list[faiss.Index]) -> faiss.Index:
+def merge_indexes(indexes: Iterable[faiss.Index]) -> faiss.Index:
     """Appends all vectors to the first index, in order; the same bytes as adding them to one index.
+    Memory: the merged index and one more at a time.
 
     Raises:
         IndexBuildError: nothing to merge, or indexes that were not trained alike.
     """
-    if not indexes:
-        raise IndexBuildError("nothing to merge: expected at least one index shard")
-    merged, *rest = indexes
-    for index in rest:
+    merged: faiss.Index | None = None
+    for index in indexes:
+        if merged is None:
+            merged = index
+            continue
         try:
             merged.merge_from(index, 0)
         except RuntimeError as error:
             raise IndexBuildError(f"index shards do not fit together: {error}") from error
+    if merged is None:
+        raise IndexBuildError("nothing to merge: expected at least one index shard")
     return merged
 
 
@@ -122,26 +135,22 @@ def write_index(index: faiss.Index, path: Path) -> None:
     faiss.write_index(index, str(path))
 
 
-def read_index(path: Path, nprobe: int | None = None) -> faiss.Index:
-    """The index in a file; `nprobe` is for one with inverted lists.
+def read_index(path: Path, mapped: bool = True) -> faiss.Index:
+    """The index in a file; `mapped` leaves its vectors in the file, to be read as they are visited.
 
     Raises:
         IndexBuildError: Faiss cannot read the file.
     """
+    with open(path, "rb") as file:
+        has_lists_first = file.read(2) == b"Iw"
+    flags = faiss.IO_FLAG_READ_ONLY
+    flags |= faiss.IO_FLAG_MMAP if has_lists_first else faiss.IO_FLAG_MMAP_IFC
     try:
-        index = faiss.read_index(str(path))
+        return faiss.read_index(str(path), flags if mapped else 0)
     except RuntimeError as error:
         raise IndexBuildError(
             f"{path}: not a Faiss index that this Faiss reads: {error}"
         ) from error
-    if nprobe is not None:
-        set_nprobe(index, nprobe)
-    return index
-
-
-def set_nprobe(index: faiss.Index, nprobe: int) -> None:
-    """How many inverted lists a query visits."""
-    faiss.extract_index_ivf(index).nprobe = nprobe
 
 
 def has_lists(index: faiss.Index) -> bool:
@@ -149,29 +158,12 @@ def has_lists(index: faiss.Index) -> bool:
     return faiss.try_extract_index_ivf(index) is not None
 
 
-def search_index(
-    index: Any, queries: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(scores, ids), both [N, k], best first; id -1 where there are fewer than k."""
-    return index.search(np.ascontiguousarray(queries), k)
+def num_lists(index: faiss.Index) -> int:
+    """How many inverted lists an index has; 0 without."""
+    return int(faiss.extract_index_ivf(index).nlist) if has_lists(index) else 0
 
 
-def exact_search(
-    embeddings: Embeddings, queries: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(scores, ids), both [N, k]: exact search over all stored vectors, block by block."""
-    best = np.full((len(queries), k), -np.inf, np.float32)
-    ids = np.full((len(queries), k), -1, np.int64)
-    for first, block in embeddings.slices(0, embeddings.num_chunks):
-        vectors = np.ascontiguousarray(block, np.float32)
-        keep = np.flatnonzero(np.any(vectors != 0, axis=1))
-        if len(keep) == 0:
-            continue
-        scores, rows = faiss.knn(
-            queries, vectors[keep], min(k, len(keep)), faiss.METRIC_INNER_PRODUCT
-        )
-        scores = np.concatenate([best, scores], axis=1)
-        candidates = np.concatenate([ids, keep[rows] + first], axis=1)
-        order = np.lexsort((candidates, -scores))[:, :k]
-        best, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
-    return best, ids
+def lists_in_factory(factory: str) -> int:
+    """How many inverted lists a factory string asks for; 0 if it asks for none."""
+    found = re.search(r"IVF(\d+)", factory)
+    return int(found[1]) if found else 0

@@ -56,6 +56,11 @@ def write_knn_map(file: BinaryIO, neighbors: NDArray[np.int64], chunk_start: int
             f"neighbor id {neighbors.min()}; expected chunk ids, or -1 for no neighbor"
         )
     write_header(file, neighbors.shape[1], neighbors.shape[0], chunk_start)
+    write_rows(file, neighbors)
+
+
+def write_rows(file: BinaryIO, neighbors: NDArray[np.int64]) -> None:
+    """Appends rows [n, K] to a map whose header promises them."""
     file.write(np.ascontiguousarray(neighbors, "<i8").tobytes())
 
 

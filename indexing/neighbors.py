@@ -5,20 +5,21 @@ Used by the KNN map job and by live retrieval: one definition of which chunk is 
 only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexing.knn_map import NO_NEIGHBOR
 
-Search = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
 Rows = Callable[[NDArray[np.int64]], NDArray[np.float16]]
+Score = TypeVar("Score", np.float32, np.float64)
 Keys = Callable[[NDArray[np.int64]], NDArray[np.uint64]]
 
-_TIE = 1e-5
 _WIDEN = 4
+_RANKED_AGAIN = 5
 _PAIRS = 1 << 18
 _SCORED_PAIRS = 1 << 14
 
@@ -40,59 +41,74 @@ def take_first(
     return kept
 
 
-def exact_scores(queries: NDArray[np.float16], vectors: NDArray[np.float16]) -> NDArray[np.int64]:
-    """[N, M] inner products of queries [N, D] with vectors [N, M, D], as exact integers in units of
-    2^-48.
+class Searcher(Protocol):
+    """What proposes candidates (`indexing/searchers.py`).
 
-    fp16 values of unit vectors are multiples of 2^-24, so the products are integers that no order
-    of summation changes:
-    the ranking is the same on every machine and for every way of sharding.
+    total: how many vectors there are. score_error: bound on the distance of a score from the inner
+    product of the stored vectors; None if there is none.
     """
-    scores = np.empty(vectors.shape[:2], np.int64)
+
+    total: int
+    score_error: float | None
+
+    def search(
+        self, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """(scores, ids), both [N, k], best first; id -1 where there are fewer."""
+        ...
+
+
+def exact_scores(queries: NDArray[np.float16], vectors: NDArray[np.float16]) -> NDArray[np.float64]:
+    """[N, M] inner products of queries [N, D] with vectors [N, M, D], without any rounding.
+
+    fp16 values of unit vectors are multiples of 2^-24, so products and their sums are multiples of
+    2^-48 below 2, which float64 holds exactly in whatever order they are added: the ranking is the
+    same on every machine and for every way of sharding.
+    """
+    scores = np.empty(vectors.shape[:2])
     step = max(1, _SCORED_PAIRS // vectors.shape[1])
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
-        scores[rows] = np.einsum(
-            "nd,nmd->nm", _as_integers(queries[rows]), _as_integers(vectors[rows])
-        )
+        left = queries[rows].astype(np.float64)[:, :, None]
+        scores[rows] = (vectors[rows].astype(np.float64) @ left)[..., 0]
     return scores
-
-
-def _as_integers(vectors: NDArray[np.float16]) -> NDArray[np.int64]:
-    return (vectors.astype(np.float32) * 2.0**24).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class NeighborFinder:
     """Finds the K best chunks of other documents, ordered by (score descending, id ascending).
 
-    `search` proposes candidates by approximate float scores; `rows` gives the stored vectors of
-    chunk ids for the exact order; `keys` the documents they belong to. `total` is the number of
-    chunks that can be found; margin more candidates than K are asked for at first.
+    `candidates` proposes chunks by approximate scores; `rows` gives the stored vectors of chunk ids
+    for the exact order; `keys` [..., 2] the documents and clusters they belong to; margin more
+    candidates than K are asked for at first.
+
+    Of the chunks that the search can reach (all, or those of the visited inverted lists) the result
+    is exactly the K best, as long as `candidates.score_error` is known. Else the best of
+    5K candidates are taken.
     """
 
-    search: Search
+    candidates: Searcher
     rows: Rows
     keys: Keys
-    total: int
     margin: int
 
     def find(
         self, queries: NDArray[np.float16], k: int, own_keys: NDArray[np.uint64] | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(ids [N, k], scores [N, k]) for queries [N, D]; chunks of the document own_keys[n] are
-        not neighbors of n.
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """(ids [N, k], exact scores [N, k]) for queries [N, D]; chunks whose document or
+        cluster is that of own_keys [N, 2] are not neighbors of n; -1 and -inf where there are
+        fewer.
 
-        A row whose filter left too few, or whose last place is tied with the end of the candidates,
-        is searched again with more candidates until it is settled or everything was looked at. Rows
-        of zeros get no neighbors.
+        A row is searched again with more candidates until it is settled or everything was looked
+        at. Rows of zeros get no neighbors.
         """
         ids = np.full((len(queries), k), NO_NEIGHBOR, np.int64)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
+        scores = np.full((len(queries), k), -np.inf)
         pending = np.flatnonzero(np.any(queries != 0, axis=1))
-        depth = k + self.margin
+        is_coarse = self.candidates.score_error is None
+        depth = max(k + self.margin, _RANKED_AGAIN * k if is_coarse else 0)
         while len(pending):
-            depth = min(depth, self.total)
+            depth = min(depth, self.candidates.total)
             unsettled = []
             for part in np.array_split(pending, -(-len(pending) * depth // _PAIRS)):
                 own = None if own_keys is None else own_keys[part]
@@ -104,29 +120,17 @@ class NeighborFinder:
 
     def _round(
         self, queries: NDArray[np.float16], k: int, own_keys: NDArray[np.uint64] | None, depth: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
-        rough, candidates = self.search(queries.astype(np.float32), depth)
-        banned = candidates < 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+        rough, found = self.candidates.search(queries.astype(np.float32), depth)
+        banned = found < 0
         if own_keys is not None:
-            keys = self.keys(np.maximum(candidates, 0).ravel()).reshape(candidates.shape)
-            banned |= keys == own_keys[:, None]
-        settled = self._settled(rough, candidates, banned, k, depth)
-        return *self._rank(queries, candidates, banned, k), settled
-
-    def _settled(
-        self,
-        rough: NDArray[np.float32],
-        candidates: NDArray[np.int64],
-        banned: NDArray[np.bool_],
-        k: int,
-        depth: int,
-    ) -> NDArray[np.bool_]:
-        """Rows whose K survivors are clearly better than anything the search did not return."""
-        if depth >= self.total:
-            return np.ones(len(rough), np.bool_)
-        survivor_rank = np.cumsum(~banned, axis=1)
-        kth = np.where((survivor_rank == k) & ~banned, rough, -np.inf).max(axis=1)
-        return (candidates[:, -1] < 0) | (kth > rough[:, -1] + _TIE)
+            keys = self.keys(np.maximum(found, 0).ravel()).reshape(*found.shape, 2)
+            banned |= (keys == own_keys[:, None]).any(axis=-1)
+        ids, scores = self._rank(queries, found, banned, k)
+        seen_all = (found[:, -1] < 0) | (depth >= self.candidates.total)
+        if self.candidates.score_error is None:
+            return ids, scores, seen_all | (ids[:, -1] >= 0)
+        return ids, scores, seen_all | (scores[:, -1] > rough[:, -1] + self.candidates.score_error)
 
     def _rank(
         self,
@@ -134,12 +138,22 @@ class NeighborFinder:
         candidates: NDArray[np.int64],
         banned: NDArray[np.bool_],
         k: int,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         vectors = self.rows(np.where(banned, NO_NEIGHBOR, candidates).ravel())
         exact = exact_scores(queries, vectors.reshape(*candidates.shape, -1))
-        order = np.lexsort((candidates, -exact, banned), axis=1)
+        exact[banned] = -np.inf
+        order = np.lexsort((candidates, -exact), axis=1)
         ranked = np.take_along_axis(candidates, order, 1)
         ids = take_first(ranked, np.take_along_axis(banned, order, 1), k)
         best = np.take_along_axis(exact, order, 1)[:, :k]
-        best = np.pad(best, ((0, 0), (0, k - best.shape[1])))
-        return ids, np.where(ids >= 0, best / 2.0**48, -np.inf).astype(np.float32)
+        return ids, np.pad(best, ((0, 0), (0, k - best.shape[1])), constant_values=-np.inf)
+
+
+def best_of(
+    parts: Sequence[tuple[NDArray[np.int64], NDArray[Score]]],
+) -> tuple[NDArray[np.int64], NDArray[Score]]:
+    """(ids, scores), both [N, K], of results of the same queries in disjoint parts of an index."""
+    k = parts[0][0].shape[1]
+    ids, scores = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
+    order = np.lexsort((ids, -scores), axis=1)[:, :k]
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)

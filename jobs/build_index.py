@@ -1,20 +1,26 @@
-"""index | `python -m jobs.build_index {embed,train,add,merge,all}` | Dask |
+"""index | `python -m jobs.build_index {embed,train,add,merge,tune,all,status}` | Dask |
 reads a retrieval dataset | writes embeddings, a trained index, index shards, the final Faiss index.
 """
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from etl.dataset import Dataset
 from etl.storage import StageFolder, content_key, join_url
 from indexing import index_build
-from indexing.cluster import ClusterConfig, dask_client, run_tasks
+from indexing.cluster import ClusterConfig, open_runner
 from indexing.embedder import EmbedderConfig, embedder_facts
 from indexing.embeddings import EmbedTask, commit_embeddings, embed_block, num_blocks
-from indexing.faiss_index import choose_factory
+from indexing.faiss_index import shard_range
+from indexing.index_choice import IndexChoice, choose_index, default_lists
+from indexing.runner import Runner
+from indexing.stage_status import announce, read_status
 from jobs.command_line import run_job
 
-STAGES = ("embed", "train", "add", "merge")
+log = logging.getLogger(__name__)
+STAGES = ("embed", "train", "add", "merge", "tune")
+_SHARDED = ("embed", "add")
 
 
 @dataclass(frozen=True)
@@ -22,37 +28,54 @@ class BuildIndexConfig:
     """From a retrieval dataset to a Faiss index with known recall.
 
     Attributes:
-        stage: One stage, or all of them in order. A stage that is finished does nothing.
+        stage: One stage, or all of them in order; a stage that is finished does nothing. status
+            tells how far they are. train, merge, tune and single shards run in this process,
+            without Dask, unless a scheduler_address is given.
         dataset_url: Folder of the retrieval dataset.
         output_url: Folder for embeddings and indexes; each configuration gets a folder of its own
             inside.
         embedder: The sentence-embedding model.
         block_chunks: Chunks of one embedding task and file.
-        faiss_factory: Faiss factory string; by default exact search up to 200,000 vectors and IVF
-            with 8-bit codes above.
+        percent: Share of the documents (the first ones) that are indexed, above 0 and at most 1.
+        faiss_factory: Faiss factory string; by default chosen from the number of vectors,
+            worker_memory_gib and device.
+        subquantizers: Instead of faiss_factory: 4 sqrt(N) inverted lists with product-quantized
+            codes of so many bytes.
+        metric: inner_product or l2. Vectors have unit length, so both find the same neighbors; l2
+            is what other readers of the index file may expect.
         train_index_size: Vectors sampled to train the index.
-        nprobe: Inverted lists a query visits, recorded as the index's default; only for an index
-            that has them.
+        nprobe: Inverted lists a query visits; by default the fewest (a power of two) that reach
+            target_recall.
+        target_recall: recall@recall_k that nprobe is chosen for; by default 0.98.
         seed: Of the training sample and of the recall sample.
-        total_shards: Index shards that are added independently and then merged.
-        shard_id: With stage add: only this shard, as one of several independent jobs.
+        total_shards: Shards that are embedded or added independently, then merged.
+        shard_id: With stage embed or add: only this shard, as one of several independent jobs.
+        worker_memory_gib: Memory of one worker. An index that does not fit stays in shards, which
+            are searched one by one.
+        device: Where the exact search that recall is measured against runs: cpu or a CUDA device.
         recall_sample: Queries of the recall measurement.
         recall_k: Neighbors of the recall measurement.
-        cluster: The Dask cluster.
-        dry_run: Check the inputs, print the plan with sizes and write nothing.
+        cluster: Where tasks run.
+        dry_run: Check the inputs, print the plan with sizes and seconds, and write nothing.
     """
 
-    stage: Literal["embed", "train", "add", "merge", "all"]
+    stage: Literal["embed", "train", "add", "merge", "tune", "all", "status"]
     dataset_url: str
     output_url: str
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     block_chunks: int = 8192
+    percent: float = 1.0
     faiss_factory: str | None = None
+    subquantizers: int | None = None
+    metric: Literal["inner_product", "l2"] = "inner_product"
     train_index_size: int = 200_000
     nprobe: int | None = None
+    target_recall: float | None = None
     seed: int = 0
     total_shards: int = 1
     shard_id: int | None = None
+    worker_memory_gib: float = 8.0
+    device: str = "cpu"
     recall_sample: int = 1000
     recall_k: int = 10
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -60,29 +83,52 @@ class BuildIndexConfig:
 
 
 def run(config: BuildIndexConfig) -> dict[str, Any]:
-    if config.shard_id is not None and config.stage != "add":
-        raise ValueError(
-            f"shard_id names one shard for stage add; it has no effect on stage {config.stage}"
-        )
+    _check(config)
     dataset = Dataset(config.dataset_url)
     if dataset.manifest.split != "retrieval":
         raise ValueError(
             f"{config.dataset_url} is the {dataset.manifest.split} dataset; only a retrieval "
             "dataset is indexed"
         )
+    if config.stage == "status":
+        return {"folders": read_status(config.output_url, dataset.manifest.fingerprint)}
     if config.dry_run:
-        return _describe(config, dataset, embedder_facts(config.embedder))
-    with dask_client(config.cluster) as client:
-        facts = client.submit(embedder_facts, config.embedder, pure=False).result()
+        return _describe(config, dataset)
+    cluster = cluster_of(config.cluster, config.stage in ("all", *_SHARDED), config.shard_id)
+    with open_runner(cluster, join_url(config.output_url, "reports")) as runner:
+        facts = runner.call(embedder_facts, config.embedder)
         embed_task, task = _tasks(config, dataset, facts)
         result: dict[str, Any] = {}
         for stage in STAGES if config.stage == "all" else (config.stage,):
-            result = _run_stage(stage, client, config, dataset, embed_task, task)
+            result = _run_stage(stage, runner, config, dataset, embed_task, task)
     return {
         "embeddings_url": embed_task.folder.url,
         "index_url": task.folder.url,
         **_summary(result),
     }
+
+
+def _check(config: BuildIndexConfig) -> None:
+    if config.shard_id is not None and config.stage not in _SHARDED:
+        raise ValueError(
+            f"shard_id names one shard for stages embed and add; it has no effect on stage "
+            f"{config.stage}"
+        )
+    for one, other in (("subquantizers", "faiss_factory"), ("target_recall", "nprobe")):
+        if getattr(config, one) is not None and getattr(config, other) is not None:
+            raise ValueError(f"{one} chooses {other}, which is given too; leave one of them out")
+    if not 0 < config.percent <= 1:
+        raise ValueError(f"percent is {config.percent}; expected above 0 and at most 1")
+    if config.target_recall is not None and not 0 < config.target_recall <= 1:
+        raise ValueError(f"target_recall is {config.target_recall}; expected above 0, at most 1")
+
+
+def cluster_of(cluster: ClusterConfig, is_parallel: bool, shard_id: int | None) -> ClusterConfig:
+    """Stages of one task need no cluster of their own: they run in this process."""
+    alone = not is_parallel or shard_id is not None
+    if alone and cluster.scheduler_address is None and cluster.kind == "local":
+        return replace(cluster, kind="none")
+    return cluster
 
 
 def plan_embedding(
@@ -102,10 +148,18 @@ def plan_embedding(
     return EmbedTask(folder, dataset.url, embedder, block_chunks, details, **reuse)
 
 
-def embed_dataset(client: Any, task: EmbedTask, num_chunks: int) -> dict[str, Any]:
-    """Runs the embed stage on the cluster and publishes its manifest."""
-    run_tasks(client, embed_block, task, range(num_blocks(num_chunks, task.block_chunks)), "embed")
+def embed_dataset(runner: Runner, task: EmbedTask, num_chunks: int) -> dict[str, Any]:
+    """Runs the embed stage and publishes its manifest."""
+    embed_blocks(runner, task, num_chunks, range(num_blocks(num_chunks, task.block_chunks)))
     return commit_embeddings(task, num_chunks)
+
+
+def embed_blocks(runner: Runner, task: EmbedTask, num_chunks: int, blocks: range) -> None:
+    """Embeds some blocks of a dataset."""
+    every = num_blocks(num_chunks, task.block_chunks)
+    stages = {"embed": ("blocks/*", every), "commit": ("embeddings", 1)}
+    announce(task.folder, "embeddings", task.details["dataset_fingerprint"], stages)
+    runner.run(embed_block, task, blocks, "embed")
 
 
 def _tasks(
@@ -117,44 +171,83 @@ def _tasks(
     return embed_task, _index_task(config, dataset, embed_task)
 
 
+def _indexed_chunks(dataset: Dataset, percent: float) -> int:
+    if percent == 1:
+        return dataset.num_chunks
+    documents = max(1, int(dataset.num_documents * percent))
+    return int(dataset.document_first_chunk[documents])
+
+
+def _choice(config: BuildIndexConfig, num_vectors: int, dimension: int) -> IndexChoice:
+    factory = config.faiss_factory
+    if config.subquantizers is not None:
+        factory = f"IVF{default_lists(num_vectors)},PQ{config.subquantizers}"
+    memory = int(config.worker_memory_gib * 2**30)
+    choice = choose_index(num_vectors, dimension, memory, config.device, factory)
+    if config.total_shards < choice.least_shards:
+        raise ValueError(
+            f"total_shards is {config.total_shards}, but {choice.reasons[-1]}; expected "
+            f"total_shards of at least {choice.least_shards}, or more worker_memory_gib"
+        )
+    return choice
+
+
 def _index_task(
     config: BuildIndexConfig, dataset: Dataset, embed_task: EmbedTask
 ) -> index_build.IndexTask:
-    factory = config.faiss_factory or choose_factory(dataset.num_chunks)[0]
-    determining = (embed_task.details, factory, config.train_index_size, config.seed, config.nprobe)
-    recall = (config.recall_sample, config.recall_k)
-    key = content_key(determining, recall, config.block_chunks)[:16]
+    indexed = _indexed_chunks(dataset, config.percent)
+    choice = _choice(config, indexed, embed_task.details["dimension"])
+    names = ("metric", "train_index_size", "seed", "nprobe", "target_recall")
+    options = {name: getattr(config, name) for name in (*names, "recall_sample", "recall_k")}
+    parts = None if choice.merge_shards else config.total_shards
+    key = content_key(
+        embed_task.details, choice.factory, indexed, options, parts, config.block_chunks
+    )[:16]
     return index_build.IndexTask(
         folder=StageFolder(join_url(config.output_url, f"index-{key}")),
         embeddings_url=embed_task.folder.url,
-        factory=factory,
-        train_index_size=config.train_index_size,
-        seed=config.seed,
-        nprobe=config.nprobe,
+        factory=choice.factory,
+        merge_shards=choice.merge_shards,
+        indexed_chunks=indexed,
         total_shards=config.total_shards,
-        recall_sample=config.recall_sample,
-        recall_k=config.recall_k,
+        device=config.device,
         details=embed_task.details,
+        **options,
     )
 
 
 def _run_stage(
     stage: str,
-    client: Any,
+    runner: Runner,
     config: BuildIndexConfig,
     dataset: Dataset,
     embed_task: EmbedTask,
     task: index_build.IndexTask,
 ) -> dict[str, Any]:
     if stage == "embed":
-        return embed_dataset(client, embed_task, dataset.num_chunks)
+        return _embed(runner, config, dataset, embed_task)
+    fingerprint = dataset.manifest.fingerprint
+    announce(task.folder, "index", fingerprint, task.stages)
     if stage == "add":
         shards = range(config.total_shards) if config.shard_id is None else [config.shard_id]
-        run_tasks(client, index_build.add, task, shards, "add")
+        runner.run(index_build.add, task, shards, "add")
         return {}
-    return run_tasks(
-        client, index_build.train if stage == "train" else index_build.merge, task, [0], stage
-    )[0]
+    if stage == "train":
+        commit_embeddings(embed_task, dataset.num_chunks)
+    functions = {"train": index_build.train, "merge": index_build.merge, "tune": index_build.tune}
+    return runner.run(functions[stage], task, [0], stage)[0]
+
+
+def _embed(
+    runner: Runner, config: BuildIndexConfig, dataset: Dataset, task: EmbedTask
+) -> dict[str, Any]:
+    """All blocks, or those of one shard."""
+    if config.shard_id is None:
+        return embed_dataset(runner, task, dataset.num_chunks)
+    every = num_blocks(dataset.num_chunks, config.block_chunks)
+    blocks = range(*shard_range(every, config.total_shards, config.shard_id))
+    embed_blocks(runner, task, dataset.num_chunks, blocks)
+    return {}
 
 
 def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -163,19 +256,27 @@ def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(config: BuildIndexConfig, dataset: Dataset, facts: dict[str, Any]) -> dict[str, Any]:
+def _describe(config: BuildIndexConfig, dataset: Dataset) -> dict[str, Any]:
+    from indexing.cost_estimate import estimate_index
+
+    facts = embedder_facts(config.embedder)
     embed_task, task = _tasks(config, dataset, facts)
+    choice = _choice(config, task.indexed_chunks, facts["dimension"])
+    for reason in choice.reasons:
+        log.info("%s", reason)
     return {
         "embeddings_url": embed_task.folder.url,
         "index_url": task.folder.url,
         "chunks": dataset.num_chunks,
+        "indexed_chunks": task.indexed_chunks,
         "dimension": facts["dimension"],
         "embedding_bytes": dataset.num_chunks * facts["dimension"] * 2,
         "embedding_tasks": num_blocks(dataset.num_chunks, config.block_chunks),
-        "factory": task.factory,
-        "reason": "faiss_factory"
-        if config.faiss_factory
-        else choose_factory(dataset.num_chunks)[1],
+        "factory": choice.factory,
+        "index_bytes": choice.index_bytes,
+        "merge_shards": choice.merge_shards,
+        "reasons": list(choice.reasons),
+        "core_seconds": estimate_index(dataset, config.embedder, task),
     }
 
 

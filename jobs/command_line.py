@@ -50,7 +50,18 @@ def run_job(
     parsed = parser.parse_args(args)
     parsed.pop("config", None)
     config = config_class(**cast(Any, parser.instantiate(parsed)).as_dict())
-    sys.exit(_run(config, job))
+    code = _run(config, job)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _leave_at_once(code: int) -> None:
+    """Ends a rank of torchrun without the interpreter's clean-up, in which threads of torch now and
+    then abort a process that has done all its work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(config: Any, job: Callable[[Any], dict[str, Any] | None]) -> int:

@@ -10,15 +10,14 @@ import numpy as np
 
 from etl.dataset import Dataset
 from etl.manifest import HELD_OUT
-from etl.storage import StageFolder
-from etl.tokenizer import load_tokenizer
+from indexing.embeddings import dataset_tokenizer
 from indexing.knn_manifest import open_map
 from jobs.command_line import run_job
 from model.checkpoint import load_model, require_checkpoint
 from model.evaluation import batches_of, loss_sums
 from model.retro import Retro
 from model.samples import NeighborReader, RandomNeighborReader, SampleReader
-from model.scoring import scored_tokens
+from model.scoring import scored_tokens, token_byte_counts
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +67,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         )
     readers = _readers(config, dataset)
     model = load_model(config.run_url)
-    tokenizer = load_tokenizer(
-        str(StageFolder(dataset.url).fetch(dataset.manifest.tokenizer)), dataset.manifest.eod_token
-    )
-    scored = scored_tokens(dataset, tokenizer.token_bytes, config.sources, config.answer_pattern)
+    token_bytes = dataset_tokenizer(dataset).token_bytes
+    scored = scored_tokens(dataset, token_bytes, config.sources, config.answer_pattern)
+    byte_counts = token_byte_counts(dataset, token_bytes)
     samples = _samples(readers["off"], scored, config.max_samples)
     results = {}
     for mode, reader in readers.items():
@@ -82,7 +80,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             batches_of(samples, config.batch_size),
             retrieval=mode != "off",
             scored=scored,
-            token_lengths=tokenizer.token_lengths,
+            byte_counts=byte_counts,
         ).summary()
     return {
         "run_url": config.run_url,

@@ -9,10 +9,11 @@ import numpy as np
 
 from etl.dataset import Dataset
 from indexing.embedder import EmbedderConfig
+from indexing.embeddings import dataset_tokenizer
 from jobs.command_line import run_job
 from model.checkpoint import load_model
 from model.generation import GenerateConfig, Retrieval, generate
-from serving.retrieval import LocalRetriever, dataset_tokenizer
+from serving.retrieval import LocalRetriever
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def run(config: GenerateJobConfig) -> dict[str, Any]:
             config.index_url, config.retrieval_url, config.embedder, config.neighbors
         )
     [prompt] = tokenizer.encode_batch([config.prompt])
-    found = generate(model, prompt, config.generation, retriever)
+    found = generate(model, prompt.ids.tolist(), config.generation, retriever)
     texts = tokenizer.decode_batch(np.asarray([found.tokens[found.prompt_tokens :]]))
     return {
         "prompt": config.prompt,

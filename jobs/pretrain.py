@@ -4,18 +4,20 @@ reads datasets and KNN maps | writes checkpoints, metrics.jsonl, TensorBoard eve
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from etl.dataset import Dataset
 from etl.storage import StorageError, create_json, join_url, read_json
 from indexing.knn_manifest import open_map
+from jobs import STARTED_BY
 from jobs.command_line import run_job
 from model.checkpoint import freeze_decoder, latest_checkpoint, load_weights, require_checkpoint
 from model.config import ModelConfig, RetroConfig
 from model.initialization import initialize, start_retrieval_from_decoder
 from model.optimizer import OptimConfig
-from model.parallel import Precision, process_group, shard
+from model.parallel import Precision, end_with, process_group, shard
 from model.retro import Retro, is_retrieval_parameter
 from model.samples import NeighborReader, SampleReader
 from model.trainer import Trainer, TrainerConfig, describe
@@ -79,6 +81,8 @@ class PretrainConfig:
 
 
 def run(config: PretrainConfig) -> dict[str, Any] | None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(STARTED_BY)
     train, validation = _readers(config)
     model = Retro(_model_config(config, train.dataset))
     if config.trainable == "retrieval" and not (model.config.has_retrieval and config.init_url):

@@ -5,9 +5,9 @@ import pytest
 
 from etl.storage import StageFolder, StorageError
 from indexing import map_build
-from indexing.cluster import run_tasks
 from indexing.knn_manifest import open_map
 from indexing.map_build import MapTask
+from indexing.stage_status import announce, read_status
 from jobs.build_index import embed_dataset, plan_embedding
 from tests.indexing.conftest import EMBEDDER
 from tests.indexing.test_index_build import build, make_task
@@ -17,17 +17,16 @@ K = 6
 
 
 @pytest.fixture(scope="module")
-def search_task(corpus, client):
+def search_task(corpus, runner):
     """Neighbors of the training dataset's chunks in an exact index."""
     index = make_task(corpus, "for-maps", total_shards=2)
     build(index)
     reuse = {"reuse_dataset_url": corpus.retrieval.url, "reuse_url": corpus.embeddings.url}
     queries = plan_embedding(corpus.training, EMBEDDER, corpus.facts, 32, corpus.folder, **reuse)
-    embed_dataset(client, queries, corpus.training.num_chunks)
+    embed_dataset(runner, queries, corpus.training.num_chunks)
     return MapTask(
         folder=StageFolder(f"{corpus.folder}/map"),
-        dataset_url=corpus.training.url,
-        queries_url=queries.folder.url,
+        queries=queries,
         index_url=index.folder.url,
         retrieval_url=corpus.retrieval.url,
         k=K,
@@ -35,6 +34,9 @@ def search_task(corpus, client):
         nprobe=None,
         remove_duplicate=True,
         total_shards=1,
+        index_shards=1,
+        process_chunk_size=50,
+        device="cpu",
         details={
             "training_fingerprint": corpus.training.manifest.fingerprint,
             "retrieval_fingerprint": corpus.retrieval.manifest.fingerprint,
@@ -53,13 +55,18 @@ def rows(built, corpus):
     return built.load().get(np.arange(corpus.training.num_chunks))
 
 
+def without_text(corpus):
+    """Chunks of pads, or of the end of a document alone; ids are those of both datasets."""
+    return ~corpus.embeddings.rows(np.arange(corpus.retrieval.num_chunks)).any(axis=1)
+
+
 def brute_force(corpus, k, remove_duplicate=True):
     """By definition: scores in float64, ties by id, no chunk of the own document or of pads."""
     ids = np.arange(corpus.retrieval.num_chunks)
     vectors = corpus.embeddings.rows(ids).astype(np.float64)
     found = np.full((len(ids), k), -1)
     owner = corpus.retrieval.chunk_to_doc(ids)
-    usable = ~corpus.retrieval.is_all_pad(ids)
+    usable = vectors.any(axis=1)
     for i in ids[usable]:
         allowed = ids[usable & (owner != owner[i])] if remove_duplicate else ids[usable]
         best = sorted(allowed, key=lambda j: (-(vectors[j] @ vectors[i]), j))[:k]
@@ -83,13 +90,13 @@ def test_own_document_is_never_a_neighbor_and_rows_are_full_all_the_same(built, 
     own = corpus.training.chunk_to_doc(np.arange(len(found)))
     owners = corpus.retrieval.chunk_to_doc(np.maximum(found, 0).ravel()).reshape(found.shape)
     assert not ((owners == own[:, None]) & (found >= 0)).any()
-    pads = corpus.training.is_all_pad(np.arange(len(found)))
+    pads = without_text(corpus)
     assert (found[~pads] >= 0).all()  # margin 2 is far too small for the long document
 
 
 def test_chunks_of_pads_have_no_neighbors_and_are_nobodys(built, corpus):
     found = rows(built, corpus)
-    pads = corpus.training.is_all_pad(np.arange(len(found)))
+    pads = without_text(corpus)
     assert pads.any()
     assert (found[pads] == -1).all()
     assert not np.isin(np.flatnonzero(pads), found).any()
@@ -102,15 +109,61 @@ def test_fill_rate_counts_the_filled_places(built, corpus):
 
 @pytest.mark.parametrize("total_shards", [2, 5])
 def test_merged_shards_are_byte_equal_to_a_single_map(
-    built, search_task, client, corpus, total_shards
+    built, search_task, runner, corpus, total_shards
 ):
     folder = StageFolder(f"{corpus.folder}/map-{total_shards}")
     task = replace(search_task, folder=folder, total_shards=total_shards)
-    run_tasks(client, map_build.search, task, reversed(range(total_shards)), "search")
+    runner.run(map_build.search, task, reversed(range(total_shards)), "search")
     merged = map_build.merge(task)
     for part in ("map", "scores"):
         assert merged["files"][part]["sha256"] == built.manifest["files"][part]["sha256"]
     assert map_build.merge(task) == merged
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8"])
+def test_an_index_kept_in_shards_gives_the_same_map_as_a_merged_one(
+    built, search_task, runner, corpus, factory
+):
+    nprobe = 4 if factory != "Flat" else None
+    apart = make_task(corpus, f"apart-{factory}", factory, total_shards=3, nprobe=nprobe)
+    apart = replace(apart, merge_shards=False)
+    manifest = build(apart)
+    assert len(manifest["files"]) == 3
+    folder = StageFolder(f"{corpus.folder}/map-apart-{factory}")
+    task = replace(
+        search_task,
+        folder=folder,
+        index_url=apart.folder.url,
+        total_shards=2,
+        index_shards=3,
+        margin=60,
+    )
+    with pytest.raises(StorageError, match=r"index shards \[0, 1, 2\] of 3; search them first"):
+        map_build.combine(task, 0)
+    runner.run(map_build.search, task, range(6), "search")
+    runner.run(map_build.combine, task, range(2), "combine")
+    merged = map_build.merge(task)
+    assert merged["files"]["map"]["sha256"] == built.manifest["files"]["map"]["sha256"]
+    status = {stage: of for stage, (_, of) in task.stages.items()}
+    assert status == {"search": 6, "combine": 2, "merge": 1}
+
+
+def test_status_counts_records(search_task, corpus):
+    folder = StageFolder(f"{corpus.folder}/maps/map-status")
+    task = replace(search_task, folder=folder, total_shards=3)
+    announce(folder, "knn", corpus.training.manifest.fingerprint, task.stages)
+    map_build.search(task, 1)
+    [found] = read_status(f"{corpus.folder}/maps", corpus.training.manifest.fingerprint)
+    assert (found["kind"], found["finished"]) == ("knn", False)
+    assert found["stages"]["search"] == {"done": 1, "of": 3}
+    map_build.search(task, 0)
+    map_build.search(task, 2)
+    map_build.merge(task)
+    [found] = read_status(f"{corpus.folder}/maps", corpus.training.manifest.fingerprint)
+    assert found["finished"]
+    assert read_status(f"{corpus.folder}/maps", "other") == []
+    with pytest.raises(FileNotFoundError, match="nothing was started there"):
+        read_status(f"{corpus.folder}/absent", "other")
 
 
 def test_without_the_filter_the_best_neighbor_is_the_chunk_itself_or_its_equal(search_task, corpus):

@@ -136,7 +136,7 @@ def test_help_and_print_config_show_every_option(capsys):
             build_index.BuildIndexConfig,
             build_index.run,
             ["merge", "--dataset_url=absent", "--output_url=out", "--shard_id=1"],
-            "shard_id names one shard for stage add",
+            "shard_id names one shard for stages embed and add",
         ),
         (
             build_knn_map.BuildKNNMapConfig,

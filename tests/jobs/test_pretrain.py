@@ -1,6 +1,8 @@
 """The training job as users start it: under torchrun, on one rank and two, stopped and resumed."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,13 +47,41 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def validated(data):
+    """The training dataset stands in for a validation dataset."""
+    validation = (f"--data.validation_url={data.training.url}", "--trainer.val_samples=2")
+    return retrieval_options(data, f"--data.validation_map_url={data.map.url}", *validation)
+
+
 @pytest.fixture(scope="module")
-def single(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    result = pretrain(folder, data, 1, *retrieval_options(data))
+def result(data, tmp_path_factory):
+    return pretrain(tmp_path_factory.mktemp("single"), data, 1, *validated(data))
+
+
+@pytest.fixture(scope="module")
+def single(result):
+    return Path(result["run_url"])
+
+
+def test_a_complete_run_started_again_does_nothing_and_reports_the_same(single, result, data):
     assert result["steps"] == STEPS
     assert result["tokens"] == STEPS * 4 * 64
-    return folder
+    assert result["tokens_per_s"] > 0
+    assert result["val_loss_on"] != result["val_loss_off"]
+    metrics = (single / "metrics.jsonl").read_text()
+    assert f'"val_loss_on": {result["val_loss_on"]}' in metrics
+    assert pretrain(single, data, 1, *validated(data)) == result
+    assert (single / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_bounded_run_that_lost_its_last_checkpoint_ends_with_one(data, tmp_path):
+    """The number of steps is measured over the first 20, wherever a run continues."""
+    bounds = ("--trainer.max_minutes=1e-6", "--trainer.max_steps=1000", "--trainer.save_interval=7")
+    plain = ("--model.dec_cross_attention=[]", *bounds)
+    last = tmp_path / "checkpoints" / "step-00000020.json"
+    for _ in range(2):
+        assert pretrain(tmp_path, data, 1, *plain)["steps"] == 20
+        last.unlink()
 
 
 def test_loss_falls_and_two_ranks_train_as_one(single, data, tmp_path):
@@ -84,3 +114,18 @@ def test_fitting_retrieval_leaves_the_decoder_as_it_was(data, tmp_path):
     assert torch.equal(plain(tokens, mask), retro(tokens, mask))
     new = dict(retro.named_parameters())["layers.1.feed_forward_half.cross_attention.query.bias"]
     assert new.any()
+
+
+def test_a_rank_ends_though_its_launcher_died_while_it_imported(data, tmp_path):
+    """The launcher is a shell that starts a rank in a session of its own, as torchrun does."""
+    rank = [sys.executable, "-m", "jobs.pretrain", f"--output_url={tmp_path / 'run'}"]
+    rank += [f"--data.train_url={data.training.url}", "--model.dec_cross_attention=[]"]
+    # The rank would wait for the store of its launcher for many minutes.
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2"}
+    subprocess.run(
+        ["sh", "-c", f"setsid {shlex.join(rank)} & sleep 2"],
+        env=os.environ | store | {"TORCHELASTIC_RUN_ID": "orphaned"},
+        capture_output=True,  # ends when the rank closes its end
+        timeout=120,
+        check=True,
+    )

@@ -6,6 +6,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Nothing is written to the home folder, neither by pip nor by matplotlib or pyright.
+export PIP_NO_CACHE_DIR := 1
+export XDG_CACHE_HOME := $(CURDIR)/.cache
 
 .PHONY: demo test check clean
 
@@ -34,5 +37,5 @@ $(READY): pyproject.toml constraints.txt
 
 # Removes what make built: the environment, caches and the demo's run. Data elsewhere is not touched.
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .cache runs .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,8 @@ the loss of a guess is known.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from math import log
 from typing import Any
 
@@ -248,23 +249,36 @@ _DESCRIPTIONS = (
     "Travellers who come to {province} should see the {kind} of {name}.",
     "Among the places of {province}, {name} is the best known {kind}.",
     "Much has been written about {name}, the {kind} in {province}.",
+    "Old maps of {province} show {name} with its {kind}.",
+    "{name} is the {kind} that visitors of {province} ask for.",
+    "Nobody leaves {province} without a look at {name}, its {kind}.",
+    "A road through {province} leads to the {kind} at {name}.",
 )
 
 
-def make_facts(train: int, validation: int, test: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+def make_facts(
+    train: int,
+    validation: int,
+    test: int,
+    is_chunk: Callable[[str], bool],
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
     """Loose JSON records of `train + validation + test` places, each place in two documents.
 
     One states its attributes in varied sentences and is in the retrieval dataset only; one asks for
     them without stating them, in the split that the place belongs to. Places of validation and test
-    occur in no training document.
+    occur in no training document. `is_chunk` says whether a text fills a chunk.
     """
     generator = random.Random(seed)
     names: set[str] = set()
     for split, count in (("train", train), ("validation", validation), ("test", test)):
         for _ in range(count):
             place = _place(generator, names)
-            yield _record(place, "statement", "retrieval", _statement(generator, place))
-            yield _record(place, "questions", split, _questions(generator, place))
+            texts = [_introduction(generator, place, is_chunk) for _ in range(2)]
+            statement = " ".join([texts[0], *_sentences(generator, place)])
+            questions = "\n".join([texts[1], *_answers(generator, place)]) + "\n"
+            yield _record(place, "statement", "retrieval", statement)
+            yield _record(place, "questions", split, questions)
 
 
 def _place(generator: random.Random, names: set[str]) -> dict[str, str]:
@@ -283,24 +297,26 @@ def _record(place: dict[str, str], kind: str, split: str, text: str) -> dict[str
     return {"id": f"{place['name']}/{kind}", "src": f"facts/{kind}", "text": text, "split": split}
 
 
-def _introduction(generator: random.Random) -> str:
-    """Fills the first chunk of either kind of document. So the statement is what the questions'
-    first chunk finds, and it is found before the first answer is due; the attributes stand in the
-    continuation."""
-    return " ".join(generator.sample(_DESCRIPTIONS, 5))
+def _introduction(
+    generator: random.Random, place: dict[str, str], is_chunk: Callable[[str], bool]
+) -> str:
+    """Fills the first chunk of either kind of document, and little more. So the statement is what
+    the questions' first chunk finds, and it is found before the first answer is due; the attributes
+    stand in the continuation."""
+    sentences = cycle(generator.sample(_DESCRIPTIONS, len(_DESCRIPTIONS)))
+    text = next(sentences).format(**place)
+    while not is_chunk(text):
+        text += " " + next(sentences).format(**place)
+    return text
 
 
-def _statement(generator: random.Random, place: dict[str, str]) -> str:
+def _sentences(generator: random.Random, place: dict[str, str]) -> list[str]:
     attributes = generator.sample(list(_STATEMENTS), len(_STATEMENTS))
-    sentences = [generator.choice(_STATEMENTS[a]) for a in attributes]
-    return " ".join([_introduction(generator), *sentences]).format(**place)
+    return [generator.choice(_STATEMENTS[a]).format(**place) for a in attributes]
 
 
-def _questions(generator: random.Random, place: dict[str, str]) -> str:
-    lines = [_introduction(generator)]
-    for attribute in generator.sample(list(VALUES), len(VALUES)):
-        lines.append(f"{attribute} {{{attribute}}}")
-    return "\n".join(lines).format(**place) + "\n"
+def _answers(generator: random.Random, place: dict[str, str]) -> list[str]:
+    return [f"{a} {place[a]}" for a in generator.sample(list(VALUES), len(VALUES))]
 
 
 def guess_entropy() -> float:

@@ -10,19 +10,21 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import fsspec
 import orjson
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from demo.facts import make_facts
 from demo.installed import installed_documents
-from etl.loose_json import Document, find_sources, plan_splits, read_documents
+from etl.compressed import open_source
+from etl.records import Document, Fields, RecordReader
+from etl.sources import InputError, find_sources, plan_splits
+from etl.splits import assign_split, parse_weights
 from etl.storage import write_atomically
-from etl.tokenizer import EOD_TOKEN
+from etl.tokenizer import EOD_TOKENS, TextTokenizer, load_tokenizer
 from indexing.embedder import EmbedderConfig, load_embedder
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 TEXT, FACTS = "text.jsonl", "facts.jsonl"
 SPLIT_KEY = "retromill_split"
 """Field of the facts that says which dataset they belong to."""
+SPLITS_STRING = "94,2,4"
+CHUNK_SIZE = 64
 
 _VOCABULARY = 8192
 _INPUT_BYTES = 8 << 20
@@ -94,23 +98,32 @@ def load_plan(path: Path, make: Callable[[], Plan]) -> Plan:
     return Plan(**json.loads(once(path, lambda: json.dumps(asdict(make())).encode())))
 
 
-def write_corpus(folder: Path, plan: Plan, input_url: str | None, text_key: str) -> dict[str, str]:
-    """The two loose JSON files of the demo: natural text and facts.
+def write_text(folder: Path, plan: Plan, input_url: str | None) -> Path:
+    """The loose JSON file of natural text.
 
     Raises:
-        FileNotFoundError, InputError: the user's input cannot be read.
+        FileNotFoundError, InputError, CompressedError: the user's input cannot be read.
     """
-    text, facts = folder / TEXT, folder / FACTS
+    path = folder / TEXT
     if input_url is None:
-        once(text, lambda: _json_lines(installed_documents(plan.text_bytes)))
+        once(path, lambda: _json_lines(installed_documents(plan.text_bytes)))
     else:
-        once(text, lambda: b"".join(_own_lines(input_url, plan.text_bytes)))
-    once(facts, lambda: _json_lines(_facts(plan.places, text_key)))
-    return {"text": str(text), "facts": str(facts)}
+        once(path, lambda: b"".join(_own_lines(input_url, plan.text_bytes)))
+    return path
 
 
-def _facts(places: int, text_key: str) -> Iterator[dict[str, Any]]:
-    for record in make_facts(places, *HELD_OUT_PLACES):
+def write_facts(folder: Path, plan: Plan, text_key: str, tokenizer_url: str) -> Path:
+    """The loose JSON file of facts; their introductions fill a chunk of the tokenizer's tokens."""
+    path = folder / FACTS
+    once(path, lambda: _json_lines(_facts(plan.places, text_key, load_tokenizer(tokenizer_url))))
+    return path
+
+
+def _facts(places: int, text_key: str, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
+    def is_chunk(text: str) -> bool:
+        return len(tokenizer.encode_batch([text])[0].ids) >= CHUNK_SIZE
+
+    for record in make_facts(places, *HELD_OUT_PLACES, is_chunk):
         split, text = record.pop("split"), record.pop("text")
         yield {**record, SPLIT_KEY: split, text_key: text}
 
@@ -120,12 +133,13 @@ def _json_lines(records: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _own_lines(input_url: str, limit: int) -> Iterator[bytes]:
-    """The lines of the user's files as they are, good or bad; files beyond the limit are cut after
-    a line."""
+    """The lines of the user's files as they are, good or bad, but for those that would pass the
+    limit."""
     total = left_out = 0
     for source in find_sources([input_url]):
-        opened = fsspec.open(source.url, "rb", compression=source.compression)
-        with cast(Any, opened).open() as file:
+        if source.kind != "lines":
+            raise InputError(f"{source.url}: the demo reads loose JSON lines (.jsonl, .json)")
+        with open_source(source.url, source.compression) as file:
             for line in file:
                 if total + len(line) > limit:
                     left_out += 1
@@ -139,28 +153,50 @@ def _own_lines(input_url: str, limit: int) -> Iterator[bytes]:
         )
 
 
-def train_tokenizer(files: Iterable[str], text_key: str) -> bytes:
+def split_seed(text: Path, text_key: str) -> int:
+    """The first seed with which natural text falls to train and to test, so that a handful of
+    documents is enough.
+
+    Raises:
+        InputError: fewer than two different documents that can be used.
+    """
+    hashes = {document.content_hash for document in _documents(text, text_key)}
+    if len(hashes) < 2:
+        raise InputError(
+            f"the input has {len(hashes)} different usable documents (field {text_key!r}); the "
+            "demo needs at least 2, one to train on and one to hold out"
+        )
+    weights = parse_weights(SPLITS_STRING)
+    return next(
+        seed
+        for seed in count()
+        if {"train", "test"} <= {assign_split(h, weights, seed) for h in hashes}
+    )
+
+
+def train_tokenizer(text: Path, text_key: str, places: int) -> bytes:
     """A byte-level BPE tokenizer.json with 8192 entries, trained on the usable documents of the
-    corpus."""
+    natural text and on facts about other places than the corpus has."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_VOCABULARY,
-        special_tokens=[EOD_TOKEN],
+        special_tokens=[EOD_TOKENS[0]],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(files, text_key), trainer)
+    facts = make_facts(places, 0, 0, lambda text: len(text) >= 5 * CHUNK_SIZE, seed=1)
+    texts = (document.text for document in _documents(text, text_key))
+    tokenizer.train_from_iterator(chain(texts, (fact["text"] for fact in facts)), trainer)
     return tokenizer.to_str(pretty=True).encode()
 
 
-def _texts(files: Iterable[str], text_key: str) -> Iterator[str]:
-    sources = find_sources(list(files))
+def _documents(text: Path, text_key: str) -> Iterator[Document]:
+    sources = find_sources([str(text)])
+    reader = RecordReader(tuple(sources), Fields(text_key))
     for ranges in plan_splits(sources, 1 << 40):
-        for found in read_documents(sources, ranges, text_key, None):
-            if isinstance(found, Document):
-                yield found.text
+        yield from (found for found in reader.read(ranges) if isinstance(found, Document))
 
 
 def first_question(facts: Path, text_key: str) -> str:

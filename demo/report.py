@@ -21,11 +21,16 @@ from demo.facts import guess_entropy
 from demo.plan import HELD_OUT_PLACES
 from etl.dataset import Dataset
 from etl.storage import StageFolder, StoredFile
+from indexing.embeddings import dataset_tokenizer
 from indexing.knn_manifest import open_map
-from serving.retrieval import dataset_tokenizer
 
 MODES = ("on", "off", "random", "baseline", "longer")
 _EXAMPLES = 3
+_CURVES = (
+    ("loss", "-", "training"),
+    ("val_loss_off", "o--", "validation off"),
+    ("val_loss_on", "s:", "validation on"),
+)
 _SPLITS = ("train", "validation", "test")
 _NUMBERS = ("loss", "ppl", "bpb", "tokens", "before_first_retrieval", "after_first_retrieval")
 
@@ -103,12 +108,15 @@ def _text_sentence(report: dict[str, Any]) -> str:
     text = report["eval"]["text"]
     on, off, random = (text[mode]["loss"] for mode in ("on", "off", "random"))
     effect = "lowers" if on < off else "raises"
-    return (
+    start = (
         f"On natural text retrieval {effect} the loss of the same frozen decoder by "
         f"{abs(on - off):.3f} nats a token; random neighbors give {random:.3f}. Minutes of "
-        "training "
-        f"on a CPU are too few to expect more, and a plain decoder given the same extra time would "
-        f"also improve."
+        "training on a CPU are too few to expect more"
+    )
+    if "longer" not in text:
+        return f"{start}, and a plain decoder given the same extra time would also improve."
+    return (
+        f"{start}: a plain decoder given the same extra time reaches {text['longer']['loss']:.3f}."
     )
 
 
@@ -121,7 +129,13 @@ def _facts_sentence(report: dict[str, Any]) -> str:
     )
     if on < 0.8 * min(off, facts["entropy"]):
         return start + "No training document holds these answers: they come from the neighbors."
-    return start + "Retrieval is not used yet: train longer (DEMO_MINUTES)."
+    return start + "Retrieval is hardly used yet: train longer (DEMO_MINUTES)."
+
+
+def _skipped_sentence(report: dict[str, Any]) -> str:
+    """What preparation left out and why; "" if nothing."""
+    reasons = [f"{count} ({reason})" for reason, count in report["corpus"]["skipped"].items()]
+    return f"Records that could not be used: {', '.join(reasons)}." if reasons else ""
 
 
 def _modes(report: dict[str, Any]) -> list[str]:
@@ -129,14 +143,16 @@ def _modes(report: dict[str, Any]) -> list[str]:
     return [mode for mode in MODES if mode in report["eval"]["text"]]
 
 
-def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(label, cells) of the results table."""
+def _rows(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """(label, cells) of the results table; a cell is its text and whether it is the row's least
+    loss."""
     rows = []
     for row, label in (("text", "natural text"), ("facts", "facts (answers)")):
         found = report["eval"][row]
-        cells = [f"{found[mode]['loss']:.3f}" for mode in _modes(report)]
+        losses = [found[mode]["loss"] for mode in _modes(report)]
+        cells = [(f"{loss:.3f}", loss == min(losses)) for loss in losses]
         guess = f"{found['entropy']:.3f}" if "entropy" in found else "–"
-        rows.append((label, [*cells, guess]))
+        rows.append((label, [*cells, (guess, False)]))
     return rows
 
 
@@ -144,8 +160,9 @@ def _terminal_table(report: dict[str, Any]) -> str:
     heads = [*_modes(report), "a guess"]
     lines = ["", "loss in nats a token   " + "".join(f"{head:>10}" for head in heads)]
     for label, cells in _rows(report):
-        lines.append(f"{label:<23}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join([*lines, "", *report["says"].values()])
+        lines.append(f"{label:<23}" + "".join(f"{cell:>10}" for cell, _ in cells))
+    said = [*report["says"].values(), _skipped_sentence(report)]
+    return "\n".join([*lines, "", *filter(None, said)])
 
 
 def _page(root: Path, report: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
@@ -154,6 +171,7 @@ def _page(root: Path, report: dict[str, Any], results: dict[str, dict[str, Any]]
     )
     return environment.get_template("report.html.j2").render(
         report=report,
+        skipped=_skipped_sentence(report),
         heads=[*_modes(report), "a guess"],
         rows=_rows(report),
         curves=_loss_curves(root),
@@ -172,19 +190,21 @@ def _svg(figure: Any) -> str:
 
 
 def _loss_curves(root: Path) -> str:
-    figure, axes = plt.subplots(figsize=(7.5, 3.2))
+    figure, axes = plt.subplots(figsize=(8.5, 3.6))
     labels = {"plain": "plain decoder", "retro": "retrieval parts", "longer": "plain, longer"}
-    for name, label in labels.items():
+    for color, (name, label) in enumerate(labels.items()):
         path = root / name / "metrics.jsonl"
-        if path.exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-            axes.plot(*zip(*points, strict=True), label=f"{label}, training")
-            held_out = [(v["step"], v["val_loss_off"]) for v in lines if "val_loss_off" in v]
-            axes.plot(*zip(*held_out, strict=True), "o--", label=f"{label}, validation off")
+        if not path.exists():
+            continue
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for key, style, what in _CURVES:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                steps, losses = zip(*points, strict=True)
+                axes.plot(steps, losses, style, color=f"C{color}", label=f"{label}, {what}")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)
 
 
@@ -194,7 +214,7 @@ def _similarities(results: dict[str, dict[str, Any]]) -> str:
     folder = StageFolder(results["knn-test"]["map_url"])
     scores = np.load(folder.fetch(StoredFile(**manifest["files"]["scores"])))
     best = scores[:, 0].astype(np.float32)
-    figure, axes = plt.subplots(figsize=(7.5, 2.6))
+    figure, axes = plt.subplots(figsize=(8.5, 2.6))
     axes.hist(best[np.isfinite(best)], bins=50)
     axes.set(xlabel="cosine similarity to the best neighbor", ylabel="chunks")
     return _svg(figure)

@@ -82,7 +82,7 @@ def loss_sums(
     retrieval: bool,
     device: torch.device | str = "cpu",
     scored: NDArray[np.bool_] | None = None,
-    token_lengths: NDArray[np.int64] | None = None,
+    byte_counts: NDArray[np.float64] | None = None,
 ) -> LossSums:
     """Sums over the samples numbered in `batches`; a number of -1 stands for an empty place (ranks
     keep step).
@@ -90,38 +90,37 @@ def loss_sums(
     Args:
         scored: [num_tokens] positions of the dataset's token stream that count as labels; all by
             default.
-        token_lengths: [vocab_size] bytes of each token id; without it bytes are 0.
+        byte_counts: [num_tokens] bytes of text that each token of the stream stands for; without
+            it bytes are 0.
     """
     total = LossSums(0, 0, 0, 0, 0)
     for numbers in batches:
         batch = reader.read(np.maximum(numbers, 0)).to(device)
+        counted = np.maximum(numbers, 0)
         mask = batch.loss_mask & torch.from_numpy(numbers >= 0).to(device)[:, None]
         if scored is not None:
-            mask &= torch.from_numpy(
-                _scored_labels(scored, np.maximum(numbers, 0), reader.seq_length)
-            ).to(device)
+            chosen = _of_labels(scored, counted, reader.seq_length)
+            mask &= torch.from_numpy(chosen).to(device)
         losses = token_losses(model, batch, retrieval, mask).double()
         before = before_first_retrieval(batch, model.config.eod_id, model.config.chunk_size)[mask]
         lengths = 0.0
-        if token_lengths is not None:
-            lengths = float(torch.from_numpy(token_lengths).to(device)[batch.labels[mask]].sum())
+        if byte_counts is not None:
+            lengths = _of_labels(byte_counts, counted, reader.seq_length)[mask.cpu().numpy()].sum()
         total += LossSums(
             float(losses.sum()),
             float(mask.sum()),
-            lengths,
+            float(lengths),
             float(losses[before].sum()),
             float(before.sum()),
         )
     return total
 
 
-def _scored_labels(
-    scored: NDArray[np.bool_], numbers: NDArray[np.int64], seq_length: int
-) -> NDArray[np.bool_]:
-    """[B, S] whether the label of each position is scored."""
+def _of_labels(values: NDArray[Any], numbers: NDArray[np.int64], seq_length: int) -> NDArray[Any]:
+    """[B, S] the values [num_tokens] of the labels of each position; 0 beyond the stream."""
     positions = numbers[:, None] * seq_length + np.arange(1, seq_length + 1)
-    inside = positions < len(scored)
-    return scored[np.where(inside, positions, 0)] & inside
+    inside = positions < len(values)
+    return np.where(inside, values[np.where(inside, positions, 0)], 0).astype(values.dtype)
 
 
 def batches_of(

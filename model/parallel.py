@@ -29,8 +29,6 @@ def process_group(device: str) -> Iterator[DeviceMesh]:
         ("MASTER_PORT", "0"),
     ):
         os.environ.setdefault(name, value)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -40,12 +38,19 @@ def process_group(device: str) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def _end_with(parent: int) -> None:
-    """Ends this rank when its launcher is gone. torchrun starts ranks in sessions of their own, so
-    they would outlive a launcher that was killed and write beside its successor."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def end_with(parent: int) -> None:
+    """Ends this process, from a thread, when its parent is not (or no longer) `parent`.
+
+    torchrun starts ranks in sessions of their own, so they would outlive a launcher that was killed
+    and write beside its successor.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def shard(model: Retro, mesh: DeviceMesh, precision: Precision) -> None:

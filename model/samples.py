@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from etl.dataset import Dataset
+from etl.dataset import Dataset, check_no_leak
 from indexing.knn_manifest import BuiltMap
 from indexing.knn_map import NO_NEIGHBOR, KNNMap
 from model.sampler import mix64
@@ -155,6 +155,7 @@ class NeighborReader:
         self, dataset: Dataset, built_map: BuiltMap, retrieval: Dataset, neighbors: int
     ) -> None:
         built_map.check_parents(dataset, retrieval)
+        check_no_leak(dataset, retrieval)
         self.map: KNNMap = built_map.load()
         if not 1 <= neighbors <= self.map.k:
             raise SampleError(
@@ -169,15 +170,16 @@ class NeighborReader:
     def choose(
         self, chunk_ids: NDArray[np.int64], present: NDArray[np.bool_], keys: NDArray[np.uint64]
     ) -> NDArray[np.int64]:
-        """[B, C, K] neighbor ids of chunks [B, C] whose documents have `keys` [B, C].
+        """[B, C, K] neighbor ids of chunks [B, C] whose documents have `keys` [B, C, 2].
 
-        Every document of the sample is banned; the first K others of the row are taken; -1 where
-        they run out.
+        Every document of the sample and its cluster is banned; the first K others of the row are
+        taken; -1 where they run out.
         """
         rows = self.candidates(chunk_ids)
         missing = (rows < 0) | ~present[..., None]
         found = self.retrieval.chunk_keys(np.where(missing, 0, rows))
-        banned = missing | np.stack([np.isin(f, k) for f, k in zip(found, keys, strict=True)])
+        same = [np.isin(f, k).any(axis=-1) for f, k in zip(found, keys, strict=True)]
+        banned = missing | np.stack(same)
         order = np.argsort(banned, axis=-1, kind="stable")[..., : self.neighbors]
         return np.take_along_axis(np.where(banned, NO_NEIGHBOR, rows), order, axis=-1)
 

@@ -41,6 +41,20 @@ def scored_tokens(
     return scored
 
 
+def token_byte_counts(dataset: Dataset, token_bytes: Sequence[bytes]) -> NDArray[np.float64]:
+    """[num_chunks * chunk_size] bytes of text that each token of the dataset's stream stands for.
+
+    Those of a chunk add up to what preparation recorded for it: for byte-level tokenizers every
+    token's own bytes, for others in proportion to their pieces.
+    """
+    lengths = np.asarray([len(piece) for piece in token_bytes], np.float64)
+    ids = np.arange(dataset.num_chunks)
+    counts = lengths[dataset.get_chunk(ids, continuation=False)]
+    totals = counts.sum(axis=1, keepdims=True)
+    recorded = dataset.chunk_bytes(ids)[:, None]
+    return (counts * recorded / np.maximum(totals, 1)).ravel()
+
+
 def _compile(pattern: str | None) -> re.Pattern[bytes] | None:
     if pattern is None:
         return None

@@ -99,6 +99,8 @@ class Trainer:
         self.max_steps = config.max_steps
         self.step = 0
         self.tokens = 0
+        self.seconds = 0.0
+        self.validation: dict[str, float] = {}
         self._rate_is_known = config.max_minutes is None
 
     def _check(self) -> None:
@@ -120,13 +122,12 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to the end; returns counts, rate
-        and last losses."""
+        and last losses, those of the checkpoint if the run was complete before."""
         record = latest_checkpoint(self.run_url)
         if record is not None:
             self._restore(resume(record, self.model, self.optimizer))
             log.info("continuing at step %d of %d", self.step, self.max_steps)
         metrics = MetricsLog(self.run_url, self.step) if self.rank == 0 else None
-        first, began, tokens = self.step, time.monotonic(), self.tokens
         with tqdm(
             total=self.max_steps,
             initial=self.step,
@@ -136,44 +137,44 @@ class Trainer:
             disable=self.rank != 0,
         ) as bar:
             while self.step < self.max_steps:
-                self._advance(metrics, began, first)
+                self._advance(metrics)
                 bar.total = self.max_steps
                 bar.update()
-        seconds = time.monotonic() - began
-        validation = self._validate(metrics) if self.step > first else {}
         if metrics is not None:
             metrics.close()
         return {
             "steps": self.step,
             "tokens": self.tokens,
-            "tokens_per_s": (self.tokens - tokens) / seconds if self.step > first else None,
+            "tokens_per_s": self.tokens / self.seconds if self.step else None,
             "world_size": self.world_size,
-            **validation,
+            **self.validation,
         }
 
-    def _advance(self, metrics: MetricsLog | None, began: float, first: int) -> None:
-        """One step and whatever is due after it."""
+    def _advance(self, metrics: MetricsLog | None) -> None:
+        """One step and whatever is due after it. The last validation comes before the last
+        checkpoint, which holds it."""
         config = self.config
         before = time.monotonic()
         values = self.train_step()
-        if not self._rate_is_known and self.step - first == _MEASURED_STEPS:
-            self._fix_max_steps(time.monotonic() - began)
+        elapsed = time.monotonic() - before
+        self.seconds += elapsed
+        if not self._rate_is_known and self.step >= _MEASURED_STEPS:
+            self._fix_max_steps()
         last = self.step == self.max_steps
         if metrics is not None and (self.step % config.log_interval == 0 or last):
-            rate = values["tokens"] / (time.monotonic() - before)
-            metrics.write(self.step, values | {"tokens_per_s": rate})
-        if self.step % config.val_interval == 0 and not last:
-            self._validate(metrics)
+            metrics.write(self.step, values | {"tokens_per_s": values["tokens"] / elapsed})
+        if self.step % config.val_interval == 0 or last:
+            self.validation = self._validate(metrics)
         if self.step % config.save_interval == 0 or last:
             if metrics is not None:
                 metrics.sync()
             self.save()
 
-    def _fix_max_steps(self, seconds: float) -> None:
+    def _fix_max_steps(self) -> None:
         """The steps that fit into max_minutes at the speed so far, the same number on all ranks."""
         assert self.config.max_minutes is not None
-        fitting = int(self.config.max_minutes * 60 / (seconds / _MEASURED_STEPS))
-        value = torch.tensor([max(_MEASURED_STEPS, fitting)], device=self.device)
+        fitting = int(self.config.max_minutes * 60 * self.step / self.seconds)
+        value = torch.tensor([max(self.step, fitting)], device=self.device)
         dist.broadcast(value, 0)
         self.max_steps = min(self.config.max_steps, int(value))
         self._rate_is_known = True
@@ -249,6 +250,8 @@ class Trainer:
             "tokens": self.tokens,
             "max_steps": self.max_steps,
             "fixed": self._rate_is_known,
+            "seconds": self.seconds,
+            "validation": self.validation,
         }
         save_checkpoint(
             self.run_url,
@@ -261,6 +264,7 @@ class Trainer:
 
     def _restore(self, progress: dict[str, Any]) -> None:
         self.step, self.tokens = progress["step"], progress["tokens"]
+        self.seconds, self.validation = progress["seconds"], progress["validation"]
         if progress["fixed"] and self.config.max_minutes is not None:
             self.max_steps, self._rate_is_known = progress["max_steps"], True
 

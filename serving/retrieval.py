@@ -11,23 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etl.dataset import Dataset
-from etl.storage import StageFolder, StorageError
-from etl.tokenizer import ByteLevelTokenizer, load_tokenizer
+from etl.storage import StorageError
+from indexing.built_index import open_index
 from indexing.embedder import EmbedderConfig, embedder_facts, load_embedder
-from indexing.embeddings import chunk_texts
-from indexing.index_build import open_index
+from indexing.embeddings import chunk_texts, dataset_tokenizer
 from indexing.knn_map import NO_NEIGHBOR
 from indexing.map_build import neighbor_finder
 
 _MARGIN = 16
-
-
-def dataset_tokenizer(dataset: Dataset) -> ByteLevelTokenizer:
-    """The tokenizer that a dataset was made with."""
-    manifest = dataset.manifest
-    return load_tokenizer(
-        str(StageFolder(dataset.url).fetch(manifest.tokenizer)), manifest.eod_token
-    )
 
 
 class LocalRetriever:
@@ -63,7 +54,6 @@ class LocalRetriever:
         """(ids [C, K], tokens [C, K, 2 chunk_size], mask) of chunks [C, chunk_size]; -1 and pads
         where there are fewer."""
         vectors = self.embedder.embed(chunk_texts(chunks, self.tokenizer))
-        vectors[[not text.strip() for text in chunk_texts(chunks, self.tokenizer)]] = 0
         ids, _ = self.finder.find(vectors, self.neighbors, None)
         pad = self.retrieval.manifest.pad_id
         found = self.retrieval.get_chunk(np.maximum(ids, 0).ravel()).astype(np.int64)

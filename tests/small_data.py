@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from etl.dataset import Dataset
-from etl.loose_json import find_sources, plan_splits
-from etl.manifest import NAME, DatasetManifest, Shard
+from etl.manifest import NAME, DatasetManifest, shard_from_json
+from etl.records import Fields, RecordReader
 from etl.retmmap import Layout
-from etl.split_writer import SplitTask, parse_weights
-from etl.storage import StageFolder, StoredFile, create_json
+from etl.sources import find_sources, plan_splits
+from etl.split_writer import SplitTask
+from etl.splits import SplitRule, parse_weights
+from etl.storage import StageFolder, create_json
 from etl.tokenizer import load_tokenizer
 from indexing import knn_manifest
 from indexing.knn_manifest import BuiltMap, open_map
@@ -34,14 +36,12 @@ def prepare_plainly(folder, tokenizer_url):
     tokenizer = load_tokenizer(tokenizer_url)
     task = SplitTask(
         folder=StageFolder(str(folder / "data")),
-        sources=tuple(sources),
+        reader=RecordReader(tuple(sources), Fields()),
         splits=tuple(map(tuple, plan_splits(sources, -(-sources[0].bytes // 3)))),
-        tokenizer_json=tokenizer.to_json(),
+        tokenizer_data=tokenizer.to_bytes(),
         eod_token=tokenizer.eod_token,
-        text_key="text",
-        split_key=None,
-        weights=parse_weights("1,0,0"),
-        split_seed=0,
+        encoder=None,
+        rule=SplitRule(parse_weights("1,0,0"), 0, {}, True),
         training=Layout.of(CHUNK_SIZE, np.uint16),
         retrieval=Layout.of(CHUNK_SIZE, np.uint16, retrieval_db=True),
         append_eod=True,
@@ -49,18 +49,17 @@ def prepare_plainly(folder, tokenizer_url):
         fail_on_bad_record=True,
     )
     for i in range(3):
-        task.write(i, frozenset())
+        task.write(i, {})
     return tuple(commit(task, tokenizer, split) for split in ("train", "retrieval"))
 
 
 def commit(task, tokenizer, split):
     entries = [task.folder.record(task.record_name(i))["shards"][split] for i in range(3)]
-    parts = ("bin", "idx", "docs")
-    shards = [Shard(**(e | {part: StoredFile(**e[part]) for part in parts})) for e in entries]
+    shards = [shard_from_json(entry) for entry in entries]
     folder = StageFolder(task.folder.path_of(split))
     local = Path(folder.path_of("scratch"), "tokenizer.json")
     local.parent.mkdir()
-    local.write_text(task.tokenizer_json)
+    local.write_bytes(task.tokenizer_data)
     [stored] = folder.store("tokenizer", local)
     layout = task.layout_of(split)
     manifest = DatasetManifest(
@@ -74,6 +73,9 @@ def commit(task, tokenizer, split):
         vocab_size=tokenizer.vocab_size,
         tokenizer=stored,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        encoder=None,
+        split_rule={},
+        held_back=0,
         sources=("corpus.jsonl",),
         shards=tuple(shards),
     )

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from etl.retmmap import Layout, RetMMapError, RetMMapReader, RetMMapWriter, merge
+from etl.merge import merge
+from etl.retmmap import Layout, RetMMapError, RetMMapReader, RetMMapWriter
 from tests.conformance.golden import FOLDER, cases
 
 ROOT = FOLDER / "retmmap"

@@ -9,9 +9,13 @@ from demo.facts import ANSWER_PATTERN, VALUES, guess_entropy, make_facts
 TRAIN, VALIDATION, TEST = 300, 20, 30
 
 
+def is_chunk(text):
+    return len(text) >= 300
+
+
 @pytest.fixture(scope="module")
 def records():
-    return list(make_facts(TRAIN, VALIDATION, TEST))
+    return list(make_facts(TRAIN, VALIDATION, TEST, is_chunk))
 
 
 def test_each_place_is_stated_in_retrieval_and_asked_for_in_its_split(records):
@@ -56,5 +60,5 @@ def test_a_guess_costs_what_uniform_values_cost(records):
 
 
 def test_facts_depend_on_the_seed_alone(records):
-    assert list(make_facts(TRAIN, VALIDATION, TEST)) == records
-    assert list(make_facts(TRAIN, VALIDATION, TEST, seed=1)) != records
+    assert list(make_facts(TRAIN, VALIDATION, TEST, is_chunk)) == records
+    assert list(make_facts(TRAIN, VALIDATION, TEST, is_chunk, seed=1)) != records

@@ -1,0 +1,165 @@
+"""Preparation against the raw tokenizer, a NeMo-like pool and datatrove: MB of text per CPU-second.
+
+    python benchmarks/prepare.py --data FOLDER_OF_JSONL_GZ --tokenizer GPT2_FOLDER
+
+All sides take the same file, in turn, in one run; CPU seconds are those of all processes (Java and
+workers too), without starting a session and with warm workers. A job costs about 4 CPU-seconds
+whatever its size, which weigh on small files. `raw` is tiktoken's encode_ordinary on texts in
+memory. `nemo_like` is a process pool over documents with the tokenizers library, which reads,
+tokenizes and writes int arrays. datatrove (JsonlReader, DocumentTokenizer) is measured if it is
+installed: pip install datatrove. The last line is JSON.
+"""
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from etl.fast_bpe import FastBPE
+from etl.huggingface_tokenizer import HuggingFaceTokenizer
+from etl.prepare import PrepareConfig, prepare
+from etl.spark import spark_session
+from etl.tokenizer import load_tokenizer
+
+
+def write_corpus(data: Path, path: Path, copies: int) -> list[str]:
+    """Loose JSON of all files, `copies` times with a number before each text, so that none is a
+    duplicate; returns the texts."""
+    texts = []
+    with open(path, "w") as file:
+        for copy in range(copies):
+            for source in sorted(data.glob("*.jsonl.gz")):
+                for line in gzip.decompress(source.read_bytes()).splitlines():
+                    record = json.loads(line)
+                    record["text"] = f"{copy} {record['text']}"
+                    texts.append(record["text"])
+                    file.write(json.dumps(record) + "\n")
+    return texts
+
+
+def cpu_seconds() -> float:
+    """Of this process and all that it started, those that ended included."""
+    total = 0.0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def raw(fast: FastBPE, texts: list[str]) -> None:
+    for text in texts:
+        fast._encoding.encode_ordinary(text)
+
+
+_tokenizer: HuggingFaceTokenizer | None = None
+
+
+def _load(url: str) -> None:
+    global _tokenizer
+    _tokenizer = load_tokenizer(url)  # type: ignore[assignment]
+
+
+def _encode(line: str) -> Any:
+    assert _tokenizer is not None
+    encoding = _tokenizer._tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)
+    return [*encoding.ids, _tokenizer.eod_id]
+
+
+def nemo_like(pool: Any, path: Path, output: Path) -> None:
+    with open(path) as file, open(output, "wb") as out:
+        for ids in pool.imap(_encode, file, 25):
+            out.write(np.asarray(ids, np.uint16).tobytes())
+
+
+def datatrove(path: Path, tokenizer_json: Path, output: Path) -> None:
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    shutil.rmtree(output, ignore_errors=True)
+    steps = [
+        JsonlReader(str(path.parent), glob_pattern=path.name),
+        DocumentTokenizer(
+            str(output / "tokens"),
+            tokenizer_name_or_path=str(tokenizer_json),
+            eos_token="<|endoftext|>",
+            shuffle_documents=False,
+        ),
+    ]
+    LocalPipelineExecutor(steps, tasks=1, logging_dir=str(output / "logs")).run()
+
+
+def sides(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
+    path = folder / "corpus.jsonl"
+    texts = write_corpus(arguments.data, path, arguments.copies)
+    tokenizer = load_tokenizer(str(arguments.tokenizer))
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    fast = tokenizer.fast
+    assert fast is not None, "the tokenizer has no fast path"
+    (folder / "tokenizer.json").write_bytes(tokenizer.to_bytes())
+    spark = spark_session("retromill benchmark")
+    config = PrepareConfig(
+        str(path), str(folder / "ours"), str(arguments.tokenizer), split_bytes=32 << 20
+    )
+
+    def ours() -> None:
+        shutil.rmtree(folder / "ours", ignore_errors=True)
+        prepare(config, lambda: spark)
+
+    pool = multiprocessing.get_context("spawn").Pool(2, _load, (str(arguments.tokenizer),))
+    yield "raw", lambda: raw(fast, texts)
+    yield "ours", ours
+    yield "nemo_like", lambda: nemo_like(pool, path, folder / "pool.bin")
+    if find_spec("datatrove"):
+        yield "datatrove", lambda: datatrove(path, folder / "tokenizer.json", folder / "trove")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--copies", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runs = dict(sides(folder, arguments))
+        with open(folder / "corpus.jsonl") as file:
+            megabytes = sum(len(json.loads(line)["text"].encode()) for line in file) / 1e6
+        runs["ours"]()  # warm workers
+        rates: dict[str, list[float]] = {side: [] for side in runs}
+        for _ in range(arguments.rounds):
+            for side, work in runs.items():
+                before = cpu_seconds()
+                work()
+                rates[side].append(megabytes / (cpu_seconds() - before))
+                print(f"{side}: {rates[side][-1]:.2f} MB per CPU-second", file=sys.stderr)
+    middle = {side: statistics.median(found) for side, found in rates.items()}
+    others = {"raw": "raw_tokenizer"}
+    ratios = {
+        f"vs_{others.get(side, side)}": middle["ours"] / middle[side]
+        for side in middle
+        if side != "ours"
+    }
+    print(json.dumps({"megabytes": megabytes, "mb_per_cpu_s": middle, **ratios}))
+
+
+if __name__ == "__main__":
+    main()

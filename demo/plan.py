@@ -36,9 +36,8 @@ SPLITS_STRING = "94,2,4"
 CHUNK_SIZE = 64
 
 _VOCABULARY = 8192
-_INPUT_BYTES = 8 << 20
 _LEAST_TEXT_BYTES, _MOST_TEXT_BYTES = 400_000, 8 << 20
-_EMBEDDING_S = 140.0
+_EMBEDDING_S, _OWN_EMBEDDING_S = 140.0, 280.0
 _BYTES_A_CHUNK = 210
 _CHUNKS_A_PLACE = 4
 HELD_OUT_PLACES = (40, 160)
@@ -77,12 +76,19 @@ def embedding_rate(embedder: EmbedderConfig, _worker: int = 0) -> float:
 
 def make_plan(chunks_per_s: float, own_input: bool) -> Plan:
     """As much as can be embedded in the time set aside for it: of n chunks of text and their
-    facts."""
-    affordable = chunks_per_s * _EMBEDDING_S - _CHUNKS_A_PLACE * sum(HELD_OUT_PLACES)
-    chunks = affordable / (1 + _CHUNKS_A_PLACE * _PLACES_A_TEXT_CHUNK)
-    text_bytes = int(min(max(chunks * _BYTES_A_CHUNK, _LEAST_TEXT_BYTES), _MOST_TEXT_BYTES))
+    facts. The user's own text is given more time, so that most of it is used."""
+    held_out = _CHUNKS_A_PLACE * sum(HELD_OUT_PLACES)
+    chunks = (chunks_per_s * _EMBEDDING_S - held_out) / (1 + _CHUNKS_A_PLACE * _PLACES_A_TEXT_CHUNK)
+    text_bytes = _text_bytes(chunks)
     places = int(_PLACES_A_TEXT_CHUNK * text_bytes / _BYTES_A_CHUNK)
-    return Plan(round(chunks_per_s, 1), _INPUT_BYTES if own_input else text_bytes, places)
+    if own_input:
+        facts = held_out + _CHUNKS_A_PLACE * places
+        text_bytes = _text_bytes(chunks_per_s * _OWN_EMBEDDING_S - facts)
+    return Plan(round(chunks_per_s, 1), text_bytes, places)
+
+
+def _text_bytes(chunks: float) -> int:
+    return int(min(max(chunks * _BYTES_A_CHUNK, _LEAST_TEXT_BYTES), _MOST_TEXT_BYTES))
 
 
 def once(path: Path, make: Callable[[], bytes]) -> bytes:
@@ -148,7 +154,7 @@ def _own_lines(input_url: str, limit: int) -> Iterator[bytes]:
                 yield line if line.endswith(b"\n") else line + b"\n"
     if left_out:
         log.warning(
-            "%s: took %.1f MB, left %d lines out; the demo reads at most %.1f MB",
+            "%s: took %.1f MB, left %d lines out; this machine can embed %.1f MB in a demo's time",
             *(input_url, total / 1e6, left_out, limit / 1e6),
         )
 

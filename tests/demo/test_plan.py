@@ -99,6 +99,13 @@ def test_a_faster_machine_gets_more_text_between_the_bounds():
     assert slow.places < usual.places < fast.places
 
 
+def test_text_of_ones_own_gets_more_time_within_the_same_bounds():
+    slow, usual, fast = (make_plan(rate, True) for rate in (1.0, 100.0, 1e4))
+    assert 400_000 == slow.text_bytes < usual.text_bytes < fast.text_bytes == 8 << 20
+    default = make_plan(100.0, False)
+    assert (usual.text_bytes > 2 * default.text_bytes, usual.places) == (True, default.places)
+
+
 @pytest.mark.parametrize("documents", [2, 3, 30])
 def test_a_handful_of_documents_is_trained_on_and_held_out(tmp_path, documents):
     lines = LINES.splitlines(keepends=True)[:documents]

@@ -199,6 +199,22 @@ def test_a_revision_of_a_folder_is_refused(small_model):
         load_embedder(EmbedderConfig(str(small_model), revision="main"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.9999), ("bfloat16", 0.995)])
+def test_cuda_gives_the_vectors_of_the_cpu(embedder, texts, dtype, least):
+    many = texts * 40
+    on_gpu = EmbedderConfig(NAME, dtype=dtype, device="cuda", batch_size=64)
+    ours = load_embedder(on_gpu).embed(many)
+    assert cosines(ours, np.tile(embedder.embed(texts), (40, 1))).min() > least
+    assert ours.tobytes() == load_embedder(on_gpu).embed(many).tobytes()
+    tokenizer = load_encoder_tokenizer(NAME)
+    stored = tokenizer.rows(tokenizer.encode(many))
+    rows = TokenRows.from_filled(stored, tokenizer.facts.pad_id)
+    found = load_embedder(on_gpu).embed_rows(len(rows), rows.__getitem__)
+    assert found.vectors.tobytes() == ours.tobytes()
+
+
 def test_batches_are_alike_in_length_and_hold_each_row_once():
     lengths = np.array([5, 2, 9, 2, 5, 7])
     rows = TokenRows(np.zeros((6, 9), np.int32), lengths)

@@ -5,9 +5,10 @@
 All sides take the same file, in turn, in one run; CPU seconds are those of all processes (Java and
 workers too), without starting a session and with warm workers. A job costs about 4 CPU-seconds
 whatever its size, which weigh on small files. `raw` is tiktoken's encode_ordinary on texts in
-memory. `nemo_like` is a process pool over documents with the tokenizers library, which reads,
-tokenizes and writes int arrays. datatrove (JsonlReader, DocumentTokenizer) is measured if it is
-installed: pip install datatrove. The last line is JSON.
+memory. `nemo_like` is a process pool over documents that makes ids as NeMo's AutoTokenizer does
+(transformers' fast tokenizer: tokenize, then convert_tokens_to_ids) and writes them; `pool` is the
+same with one call of the tokenizers library for a document. datatrove (JsonlReader,
+DocumentTokenizer) is measured if it is installed: pip install datatrove. The last line is JSON.
 """
 
 import argparse
@@ -68,24 +69,35 @@ def raw(fast: FastBPE, texts: list[str]) -> None:
         fast._encoding.encode_ordinary(text)
 
 
-_tokenizer: HuggingFaceTokenizer | None = None
+_encode: Callable[[str], list[int]] | None = None
 
 
-def _load(url: str) -> None:
-    global _tokenizer
-    _tokenizer = load_tokenizer(url)  # type: ignore[assignment]
+def _load_nemo_like(tokenizer_json: str) -> None:
+    global _encode
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_json)
+    to_ids: Any = tokenizer.convert_tokens_to_ids
+    _encode = lambda text: to_ids(tokenizer.tokenize(text))
 
 
-def _encode(line: str) -> Any:
-    assert _tokenizer is not None
-    encoding = _tokenizer._tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)
-    return [*encoding.ids, _tokenizer.eod_id]
+def _load_pool(tokenizer_json: str) -> None:
+    global _encode
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(tokenizer_json)
+    _encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def nemo_like(pool: Any, path: Path, output: Path) -> None:
+def _ids(line: str) -> list[int]:
+    assert _encode is not None
+    return _encode(json.loads(line)["text"])
+
+
+def over_documents(pool: Any, path: Path, output: Path, end: int) -> None:
     with open(path) as file, open(output, "wb") as out:
-        for ids in pool.imap(_encode, file, 25):
-            out.write(np.asarray(ids, np.uint16).tobytes())
+        for ids in pool.imap(_ids, file, 25):
+            out.write(np.asarray([*ids, end], np.uint16).tobytes())
 
 
 def datatrove(path: Path, tokenizer_json: Path, output: Path) -> None:
@@ -123,10 +135,14 @@ def sides(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Ca
         shutil.rmtree(folder / "ours", ignore_errors=True)
         prepare(config, lambda: spark)
 
-    pool = multiprocessing.get_context("spawn").Pool(2, _load, (str(arguments.tokenizer),))
+    def pool(name: str, load: Callable[[str], None]) -> Callable[[], None]:
+        made = multiprocessing.get_context("spawn").Pool(2, load, (str(folder / "tokenizer.json"),))
+        return lambda: over_documents(made, path, folder / name, tokenizer.eod_id)
+
     yield "raw", lambda: raw(fast, texts)
     yield "ours", ours
-    yield "nemo_like", lambda: nemo_like(pool, path, folder / "pool.bin")
+    yield "nemo_like", pool("nemo_like", _load_nemo_like)
+    yield "pool", pool("pool", _load_pool)
     if find_spec("datatrove"):
         yield "datatrove", lambda: datatrove(path, folder / "tokenizer.json", folder / "trove")
 

@@ -17,6 +17,7 @@ import pytest
 
 from etl.dataset import Dataset
 from etl.java import find_java_home
+from etl.prepare import PrepareConfig, prepare
 from tests.etl.test_prepare import contents
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -129,36 +130,6 @@ def result_of(process, folder):
     return json.loads(output.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def whole(master, code, corpus, tokenizer_url, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    return result_of(submit(master, code, corpus, tokenizer_url, folder / "out"), folder)
-
-
-def test_shipped_code_on_two_workers_makes_the_local_datasets(
-    whole, corpus, tokenizer_url, spark, tmp_path
-):
-    from etl.prepare import PrepareConfig, prepare
-
-    local = prepare(
-        PrepareConfig(
-            input_urls=str(corpus),
-            output_url=str(tmp_path),
-            tokenizer_url=tokenizer_url,
-            split_bytes=75_000,
-            splits_string="80,10,10",
-            near_duplicates="mark",
-        ),
-        lambda: spark,
-    )
-    records = [json.loads(p.read_text()) for p in Path(whole["url"], "splits").iterdir()]
-    assert len(records) > 20
-    assert all(record["from_zip"] for record in records)
-    for split, entry in local["datasets"].items():
-        assert whole["datasets"][split]["fingerprint"] == entry["fingerprint"]
-        assert contents(Dataset(whole["datasets"][split]["url"])) == contents(Dataset(entry["url"]))
-
-
 def executors():
     return [
         process
@@ -167,25 +138,40 @@ def executors():
     ]
 
 
-def test_a_killed_executor_changes_nothing(whole, master, code, corpus, tokenizer_url, tmp_path):
+def test_shipped_code_on_two_workers_makes_the_local_datasets_although_one_is_killed(
+    master, code, corpus, tokenizer_url, spark, tmp_path
+):
     process = submit(master, code, corpus, tokenizer_url, tmp_path / "out")
-    for _ in range(1200):
-        done = list(tmp_path.glob("out/*/splits/*.json"))
-        if len(done) >= 4:
-            break
+    splits = lambda: len(list(tmp_path.glob("out/*/splits/*.json")))
+    while splits() < 4:
         time.sleep(0.05)
         assert process.poll() is None, (tmp_path / "submit.log").read_text()[-4000:]
     victim = executors()[0]
     for child in [*victim.children(recursive=True), victim]:
         child.kill()
-    count = len(list(tmp_path.glob("out/*/splits/*.json")))
+    count = splits()
     result = result_of(process, tmp_path)
-    assert count < len(list(tmp_path.glob("out/*/splits/*.json")))
-    assert result["counts"] == whole["counts"]
-    for split, entry in whole["datasets"].items():
-        assert result["datasets"][split]["fingerprint"] == entry["fingerprint"]
+    assert count < splits()
+    records = [json.loads(p.read_text()) for p in Path(result["url"], "splits").iterdir()]
+    assert len(records) > 20
+    assert all(record["from_zip"] for record in records)
+
+    config = PrepareConfig(
+        input_urls=str(corpus),
+        output_url=str(tmp_path / "local"),
+        tokenizer_url=tokenizer_url,
+        split_bytes=75_000,
+        splits_string="80,10,10",
+        near_duplicates="mark",
+    )
+    local = prepare(config, lambda: spark)
     names = [
         sorted(str(p.relative_to(Path(r["url"]))) for p in Path(r["url"]).rglob("*"))
-        for r in (result, whole)
+        for r in (result, local)
     ]
     assert names[0] == names[1]
+    assert result["counts"] == local["counts"]
+    for split, entry in local["datasets"].items():
+        built = result["datasets"][split]
+        assert built["fingerprint"] == entry["fingerprint"]
+        assert contents(Dataset(built["url"])) == contents(Dataset(entry["url"]))

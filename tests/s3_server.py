@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
@@ -120,7 +121,9 @@ def s3_server(patch):
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    proxy = FaultProxy(server.get_host_and_port()[1])
+    port = server.get_host_and_port()[1]
+    forward(port, "POST", "/moto-api/reset", Message(), b"")  # an earlier server's objects
+    proxy = FaultProxy(port)
     patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     patch.setenv("AWS_ACCESS_KEY_ID", "test")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "test")

@@ -73,7 +73,7 @@ def median_seconds(work: Callable[[], Any], rounds: int) -> float:
 
 def product_rate(dimension: int, device: str, dtype: torch.dtype) -> float:
     """Floating point operations a second of a block's product."""
-    columns = _BLOCK_FLOATS // dimension
+    columns = _BLOCK_FLOATS // dimension // 64 * 64
     left = torch.randn(_QUERIES, dimension, device=device, dtype=dtype)
     right = torch.randn(columns, dimension, device=device, dtype=dtype)
     seconds = median_seconds(lambda: left @ right.T, 5)

@@ -5,6 +5,7 @@ measured against.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,8 +18,15 @@ _BLOCK_BYTES = 256 << 20
 _RESIDENT_SHARE = 0.6
 _GROUP = 64
 
-Block = tuple[torch.Tensor, torch.Tensor]
-"""Chunk ids [M] int64 and their vectors [M, D] on the device."""
+
+@dataclass(frozen=True)
+class Block:
+    """Chunk ids [M] int64 and vectors [M, D] on the device; the first `count` are real, the others
+    fill M up to a multiple of _GROUP, which matrix products want too."""
+
+    ids: torch.Tensor
+    vectors: torch.Tensor
+    count: int
 
 
 class TorchSearcher:
@@ -43,20 +51,21 @@ class TorchSearcher:
 
     def _blocks(self) -> Iterator[Block]:
         """Vectors with text in blocks of at most _BLOCK_BYTES as float32."""
-        step = max(1, _BLOCK_BYTES // (4 * self._embeddings.dimension))
+        step = max(_GROUP, _BLOCK_BYTES // (4 * self._embeddings.dimension) // _GROUP * _GROUP)
         for start in range(0, self._stop, step):
             yield self._block(start, min(start + step, self._stop))
 
     def _block(self, start: int, stop: int) -> Block:
         vectors = np.concatenate([part for _, part in self._embeddings.slices(start, stop)])
         kept = np.flatnonzero(vectors.any(axis=1))
-        if len(kept) < len(vectors):
-            vectors = vectors[kept]
-        parts = torch.from_numpy(kept + start), torch.from_numpy(vectors)
-        if self._device.type == "cuda":
-            parts = parts[0].pin_memory(), parts[1].pin_memory()
-        ids = parts[0].to(self._device, non_blocking=True)
-        return ids, parts[1].to(self._device, self._dtype, non_blocking=True)
+        filled = -(-len(kept) // _GROUP) * _GROUP
+        pin = self._device.type == "cuda"
+        ids = torch.full((filled,), -1, pin_memory=pin)
+        rows = torch.zeros((filled, vectors.shape[1]), dtype=torch.float16, pin_memory=pin)
+        ids[: len(kept)] = torch.from_numpy(kept + start)
+        rows[: len(kept)] = torch.from_numpy(vectors[kept])
+        moved = rows.to(self._device, non_blocking=True).to(self._dtype)
+        return Block(ids.to(self._device, non_blocking=True), moved, len(kept))
 
     def search(
         self, queries: NDArray[np.float32], k: int
@@ -65,10 +74,12 @@ class TorchSearcher:
         parts = torch.from_numpy(np.ascontiguousarray(queries)).split(_QUERIES)
         asked = [part.to(self._device, self._dtype) for part in parts]
         best = [self._nothing(len(part), k) for part in asked]
-        for ids, vectors in self._resident if self._resident is not None else self._blocks():
+        for block in self._resident if self._resident is not None else self._blocks():
             for i, part in enumerate(asked):
-                scores, rows = _top(part @ vectors.T, k)
-                best[i] = _merged(best[i], scores, ids[rows], k)
+                scores = part @ block.vectors.T
+                scores[:, block.count :] = -torch.inf
+                found, places = _top(scores, k)
+                best[i] = _merged(best[i], found, block.ids[places], k)
         scores, ids = (torch.cat(column).cpu() for column in zip(*best, strict=True))
         return scores.float().numpy(), ids.numpy()
 
@@ -83,19 +94,15 @@ def _top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     The k best lie in the k groups of columns whose maxima are the largest, and finding maxima takes
     one pass where sorting takes many.
     """
-    rows, columns = scores.shape
+    columns = scores.shape[1]
     groups = columns // _GROUP
     if groups <= 2 * k:
         return scores.topk(min(k, columns), dim=1)
-    whole, rest = scores[:, : groups * _GROUP], scores[:, groups * _GROUP :]
-    grouped = whole.unflatten(1, (groups, _GROUP))
-    chosen = grouped.amax(dim=2).topk(k, dim=1, sorted=False).indices
+    maxima = scores.unflatten(1, (groups, _GROUP)).amax(dim=2)
+    chosen = maxima.topk(k, dim=1, sorted=False).indices
     inside = torch.arange(_GROUP, device=scores.device)
     places = (chosen[:, :, None] * _GROUP + inside).flatten(1)
-    tail = torch.arange(groups * _GROUP, columns, device=scores.device)
-    places = torch.cat([places, tail.expand(rows, -1)], dim=1)
-    candidates = torch.cat([scores.gather(1, places[:, : k * _GROUP]), rest], dim=1)
-    found, which = candidates.topk(k, dim=1)
+    found, which = scores.gather(1, places).topk(k, dim=1)
     return found, places.gather(1, which)
 
 

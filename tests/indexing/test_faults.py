@@ -1,6 +1,4 @@
-"""Takes minutes, so it is run by name: pytest tests/indexing/check_faults.py
-
-Whole jobs under faults. Whatever is killed at whatever stage, however many workers and shards:
+"""Whole jobs under faults. Whatever is killed at whatever stage, however many workers and shards:
 the same index and map, byte for byte. Bad input: a message, nothing lost, and the next run
 succeeds."""
 
@@ -31,7 +29,7 @@ from tests.indexing.job_runs import EMBEDDER, INDEX_OPTIONS, OPTIONS, contents
 from tests.s3_server import Rule
 from tests.small_data import prepare_plainly
 
-pytestmark = pytest.mark.dask
+pytestmark = [pytest.mark.dask, pytest.mark.slow]
 
 # What each stage stores: the request at which its process is killed.
 INDEX_STAGES = {

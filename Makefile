@@ -17,7 +17,7 @@ demo: $(READY)
 	  $(if $(DEMO_MINUTES),--train_minutes $(DEMO_MINUTES)) $(if $(filter-out 0,$(DEMO_LONG)),--longer true)
 
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

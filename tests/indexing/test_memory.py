@@ -13,7 +13,7 @@ from tests.indexing.made_up_vectors import made_up_vectors, store_embeddings
 DIMENSION = 384
 FIXED_BYTES = 600 << 20
 
-WORK = """
+WATCH = """
 import json, sys, threading, time
 from pathlib import Path
 import faiss, numpy as np
@@ -31,42 +31,50 @@ def watch():
     while not ended.wait(0.002):
         peak[0] = max(peak[0], anonymous())
 threading.Thread(target=watch, daemon=True).start()
-url, path, shards = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+url, path = sys.argv[1], Path(sys.argv[2])
 embeddings = open_embeddings(url)
 count = embeddings.num_chunks
+"""
+ADD = """
+shard = count // int(sys.argv[3])
 index = faiss_index.train_index("IVF64,SQ8", "inner_product", embeddings, count, 4000, 0)
-before_add = anonymous()
-faiss_index.add_rows(index, embeddings, 0, count // shards)
-added = peak[0] - before_add
-for first in range(count // shards, count, 4000):
+before = anonymous()
+faiss_index.add_rows(index, embeddings, 0, shard)
+print(json.dumps(peak[0] - before))
+for first in range(shard, count, 4000):
     faiss_index.add_rows(index, embeddings, first, min(first + 4000, count))
 faiss_index.write_index(index, path)
-del index
-peak[0] = 0
+"""
+SEARCH = """
 searcher = open_searcher(path, 8, "cpu")
 keys = lambda ids: np.stack([ids, ids], axis=-1).astype(np.uint64)
 finder = NeighborFinder(searcher, embeddings.rows, keys, 16)
 finder.find(embeddings.rows(np.arange(8192)), 8, keys(np.arange(8192)))
-print(json.dumps({"search": peak[0], "added": added}))
+print(json.dumps(peak[0]))
 """
+
+
+def measure(work, *args):
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH + work, *args],
+        stdout=subprocess.PIPE,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """By number of vectors."""
+    """Bytes of adding and of searching by number of vectors."""
     found = {}
     for count in (10_000, 40_000):
         folder = tmp_path_factory.mktemp("many")
         vectors = made_up_vectors(count, dimension=DIMENSION)
         embeddings = store_embeddings(folder, vectors, block_chunks=4000)
-        args = [embeddings.url, str(folder / "index"), str(count // 10_000)]
-        done = subprocess.run(
-            [sys.executable, "-c", WORK, *args],
-            stdout=subprocess.PIPE,
-            check=True,
-            cwd=Path(__file__).parents[2],
-        )
-        found[count] = json.loads(done.stdout.splitlines()[-1])
+        args = [embeddings.url, str(folder / "index")]
+        added = measure(ADD, *args, str(count // 10_000))
+        found[count] = {"added": added, "search": measure(SEARCH, *args)}
     return found
 
 

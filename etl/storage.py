@@ -454,5 +454,6 @@ def _download(
     found = sha256_of(local)
     if found != file.sha256:
         raise StorageError(
-            f"{path}: sha256 {found}, its record says {file.sha256}; the object is damaged"
+            f"{path}: sha256 {found}, its record says {file.sha256}; the object is damaged: "
+            "delete it and run the job that wrote it again"
         )

@@ -12,6 +12,9 @@ from typing import Any, cast
 
 from jsonargparse import ArgumentParser
 
+from etl.deadline import RemoteError
+from indexing.runner import ClusterError
+
 
 def run_job(
     description: str,
@@ -23,7 +26,8 @@ def run_job(
     line; exits.
 
     Options come from a YAML file (--config), then from dotted overrides. Exit codes: 0 done, 2 bad
-    configuration or input (ValueError, FileNotFoundError), 1 anything else.
+    configuration or input (ValueError, FileNotFoundError), 1 anything else; of what a cluster or a
+    storage did the message is printed, of any other error the traceback.
     """
     logging.basicConfig(
         level=logging.INFO,
@@ -67,11 +71,11 @@ def _leave_at_once(code: int) -> None:
 def _run(config: Any, job: Callable[[Any], dict[str, Any] | None]) -> int:
     try:
         result = job(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ClusterError, RemoteError) as error:
         if os.environ.get("RETROMILL_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, ClusterError | RemoteError) else 2
     sys.stderr.flush()
     if result is not None:
         print(json.dumps(result), flush=True)

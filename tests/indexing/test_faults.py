@@ -350,7 +350,7 @@ def grow_until_done(start, resize, sizes):
         if job.wait() == 0:
             return job.result(), too_small
         said = refused(job, "No space left on device", code=1)
-        too_small += re.findall(r"ClusterError: (\w+): \d+ of \d+ tasks failed", said)
+        too_small += re.findall(r"error: (\w+): \d+ of \d+ tasks failed", said)
     raise AssertionError(f"{too_small} failed")
 
 

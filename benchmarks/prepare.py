@@ -19,7 +19,10 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,17 +54,27 @@ def write_corpus(data: Path, path: Path, copies: int) -> list[str]:
     return texts
 
 
-def cpu_seconds() -> float:
-    """Of this process and all that it started, those that ended included."""
-    total = 0.0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+class CpuClock:
+    """CPU seconds of this process and of all that it started. Looked at twice a second, so that
+    those of a process that ends are kept."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, float], float] = {}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.seconds()
+            time.sleep(0.5)
+
+    def seconds(self) -> float:
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                key = process.pid, process.create_time()
+                self._seen[key] = times.user + times.system
+        return sum(list(self._seen.values()))
 
 
 def raw(fast: FastBPE, texts: list[str]) -> None:
@@ -151,21 +164,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--copies", type=int, default=16)
+    parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sides", nargs="*", help="with ours; by default all of them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = dict(sides(folder, arguments))
+        wanted = {"ours", *(arguments.sides or runs)}
+        runs = {side: work for side, work in runs.items() if side in wanted}
         with open(folder / "corpus.jsonl") as file:
             megabytes = sum(len(json.loads(line)["text"].encode()) for line in file) / 1e6
         runs["ours"]()  # warm workers
         rates: dict[str, list[float]] = {side: [] for side in runs}
+        clock = CpuClock()
         for _ in range(arguments.rounds):
             for side, work in runs.items():
-                before = cpu_seconds()
+                before = clock.seconds()
                 work()
-                rates[side].append(megabytes / (cpu_seconds() - before))
+                rates[side].append(megabytes / (clock.seconds() - before))
                 print(f"{side}: {rates[side][-1]:.2f} MB per CPU-second", file=sys.stderr)
     middle = {side: statistics.median(found) for side, found in rates.items()}
     others = {"raw": "raw_tokenizer"}

@@ -112,8 +112,7 @@ def _documents(
             for row in batch.to_pylist():
                 yield from _describe_split(task, row["index"], is_near)
 
-    every = spark.sparkContext.parallelize([(i,) for i in range(num_splits)], num_splits)
-    splits = spark.createDataFrame(every, "index int")
+    splits = spark.range(0, num_splits, 1, num_splits).withColumnRenamed("id", "index")
     schema = "node long, high long, low long, named byte, signature binary"
     return splits.mapInArrow(describe, schema)
 

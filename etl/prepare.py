@@ -96,10 +96,9 @@ def _run_tasks(plan: Plan, missing: list[int], spark: SparkSession) -> None:
     context = spark.sparkContext
     fates = _find_fates(plan, spark) if _needs_fates(plan) else {}
     context.setJobDescription(f"prepare: tokenize and write {len(missing)} splits")
-    indices = context.parallelize([(i,) for i in missing], len(missing))
-    work = spark.createDataFrame(indices, "index int")
+    positions = spark.range(0, len(missing), 1, len(missing))
     with SplitProgress(context, len(missing)) as progress:
-        results = _write_splits(plan.task, work, fates, progress).collect()
+        results = _write_splits(plan.task, positions, missing, fates, progress).collect()
     errors = sorted((row["index"], row["error"]) for row in results if row["error"])
     if errors:
         raise BadRecordError(f"{errors[0][1]}. Mend it, or run with --on_bad_record=skip")
@@ -123,17 +122,23 @@ def _needs_fates(plan: Plan) -> bool:
 
 
 def _write_splits(
-    task: SplitTask, work: DataFrame, fates: dict[int, StoredFile], progress: SplitProgress
+    task: SplitTask,
+    positions: DataFrame,
+    missing: list[int],
+    fates: dict[int, StoredFile],
+    progress: SplitProgress,
 ) -> DataFrame:
+    """(index, error) of the missing splits, each written by the task of its position."""
     count = progress.counter()
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            for index in batch.column("index").to_pylist():
+            for position in batch.column("id").to_pylist():
+                index = missing[position]
                 error = task.run(index, fates.get(index), count)
                 yield pa.RecordBatch.from_pylist([{"index": index, "error": error}], _RESULT)
 
-    return work.mapInArrow(write, "index int, error string")
+    return positions.mapInArrow(write, "index int, error string")
 
 
 _RESULT = pa.schema([("index", pa.int32()), ("error", pa.string())])

@@ -19,7 +19,6 @@ spark.driver.host                             127.0.0.1
 spark.ui.enabled                              false
 spark.ui.showConsoleProgress                  false
 spark.sql.shuffle.partitions                  2
-spark.driver.extraJavaOptions                 -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
 """
 
 

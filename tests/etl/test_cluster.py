@@ -109,6 +109,7 @@ def submit(master, code, corpus, tokenizer_url, output):
         *("--properties-file", str(ROOT / "spark-defaults.conf"), "--py-files", str(code)),
         *("--conf", "spark.executor.memory=512m", "--conf", "spark.driver.host=127.0.0.1"),
         *("--conf", "spark.sql.shuffle.partitions=2"),
+        *("--conf", "spark.executor.extraJavaOptions=-XX:TieredStopAtLevel=1"),
         *("--conf", f"spark.pyspark.python={sys.executable}", "--conf", "spark.ui.enabled=false"),
         str(ROOT / "jobs" / "prepare_data.py"),
         *(f"--input_urls={corpus}", f"--output_url={output}", f"--tokenizer_url={tokenizer_url}"),

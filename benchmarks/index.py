@@ -318,7 +318,7 @@ def main() -> None:
     embed_task = embed_all(retrieval, config, arguments.work)
     embeddings = open_embeddings(embed_task.folder.url)
     lists = default_lists(embeddings.num_chunks)
-    factories = ["Flat", f"IVF{lists},SQ8", f"IVF{lists},RaBitQ", f"IVF{lists},PQ64", "PQ8"]
+    factories = ["Flat", f"IVF{lists},SQ8", f"IVF{lists},RaBitQ", f"IVF{lists},PQ64np", "PQ8np"]
     indexes = {factory: make_index(embeddings, factory) for factory in factories}
     lists_index = indexes[factories[1]]
     result |= compare_search(embeddings, lists_index, arguments.nprobe, arguments.queries)

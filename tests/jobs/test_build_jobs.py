@@ -129,7 +129,7 @@ def test_the_first_documents_only_are_indexed_with_percent(index_config, dataset
 
 @pytest.mark.parametrize(
     ("options", "factory"),
-    [({"subquantizers": 8}, "PQ8"), ({"metric": "l2", "faiss_factory": "IVF4,SQ8"}, "SQ8")],
+    [({"subquantizers": 8}, "PQ8np"), ({"metric": "l2", "faiss_factory": "IVF4,SQ8"}, "SQ8")],
 )
 def test_options_of_the_index_reach_it(index_config, options, factory):
     manifest = open_index(build_index.run(replace(index_config, **options))["index_url"]).manifest

@@ -51,6 +51,7 @@ from indexing.embeddings import (
 from indexing.exact_search import BlockSearcher
 from indexing.index_choice import default_lists
 from indexing.inverted_lists import InvertedLists
+from indexing.neighbors import exact_scores
 from indexing.recall import RecallSample, sample_recall
 from indexing.searchers import IndexSearcher, ListSearcher
 from jobs.build_index import plan_embedding
@@ -127,8 +128,8 @@ def recall_of(sample: RecallSample, index: Any, nprobe: int | None) -> dict[str,
     alone = index.search(sample.queries.astype(np.float32), sample.k + 1)[1]
     others = [row[row != own][: sample.k] for row, own in zip(alone, sample.ids, strict=True)]
     ids = np.stack([np.pad(row, (0, sample.k - len(row)), constant_values=-1) for row in others])
-    vectors = sample.embeddings.rows(ids.ravel()).reshape(*ids.shape, -1).astype(np.float64)
-    scores = (vectors @ sample.queries.astype(np.float64)[:, :, None])[..., 0]
+    vectors = sample.embeddings.rows(ids.ravel()).reshape(*ids.shape, -1)
+    scores = exact_scores(sample.queries, vectors)
     plain = ((scores >= sample.kth_scores[:, None]) & (ids >= 0)).mean()
     searcher = IndexSearcher(index)
     if nprobe is not None:

@@ -75,6 +75,18 @@ def train(task: IndexTask, _: int = 0) -> dict[str, Any]:
     return task.folder.publish("trained", {"files": {"index": _store(task, index, "trained")}})
 
 
+def _earlier(task: IndexTask, name: str, stage: str) -> dict[str, Any]:
+    """What an earlier stage recorded.
+
+    Raises:
+        StorageError: it has not finished.
+    """
+    record = task.folder.record(name)
+    if record is None:
+        raise StorageError(f"{task.folder.url}: no {name} index; run the {stage} stage first")
+    return record
+
+
 def add(task: IndexTask, shard_id: int) -> dict[str, Any]:
     """Adds the vectors of shard `shard_id` of total_shards to a copy of the trained index.
 
@@ -85,9 +97,7 @@ def add(task: IndexTask, shard_id: int) -> dict[str, Any]:
     record = task.folder.record(name)
     if record is not None:
         return record
-    trained = task.folder.record("trained")
-    if trained is None:
-        raise StorageError(f"{task.folder.url}: no trained index; run the train stage first")
+    trained = _earlier(task, "trained", "train")
     index = _read(task, trained)
     start, stop = faiss_index.shard_range(task.indexed_chunks, task.total_shards, shard_id)
     faiss_index.add_rows(index, open_embeddings(task.embeddings_url), start, stop)
@@ -172,9 +182,7 @@ def tune(task: IndexTask, _: int = 0) -> dict[str, Any]:
     manifest = task.folder.record(name)
     if manifest is not None:
         return manifest
-    merged = task.folder.record("merged")
-    if merged is None:
-        raise StorageError(f"{task.folder.url}: no merged index; run the merge stage first")
+    merged = _earlier(task, "merged", "merge")
     described = {
         **task.details,
         "files": merged["files"],

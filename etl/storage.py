@@ -361,6 +361,22 @@ class StageFolder:
             values = pool.map(lambda name: self._trusted(name, check), present)
             return {name: value for name, value in zip(present, values, strict=True) if value}
 
+    def all_records(self, names: Sequence[str], remedy: str) -> list[dict[str, Any]]:
+        """All of the records, in order.
+
+        Raises:
+            StorageError: some are missing, or were removed as not to be trusted; ends with
+                `remedy`.
+        """
+        found = self.records(names)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise StorageError(
+                f"{self.url}: {len(missing)} of {len(names)} records are missing: "
+                f"{', '.join(missing[:5])}; {remedy}"
+            )
+        return [found[name] for name in names]
+
     def _trusted(self, record: str, check: Callable[[StoredFile], None]) -> dict[str, Any] | None:
         url = self.path_of(f"{record}.json")
         try:

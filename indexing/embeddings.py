@@ -186,10 +186,10 @@ def commit_embeddings(task: EmbedTask, num_chunks: int) -> dict[str, Any]:
     finished = task.folder.record(NAME.removesuffix(".json"))
     if finished is not None:
         return finished
-    records = [
-        _block_record(task, block, num_chunks)
-        for block in range(num_blocks(num_chunks, task.block_chunks))
-    ]
+    names = [task.record_name(block) for block in range(num_blocks(num_chunks, task.block_chunks))]
+    records = task.folder.all_records(names, "run the embed stage again")
+    for block, record in enumerate(records):
+        _check_shape(task, block, record, num_chunks)
     totals = {key: sum(r[key] for r in records) for key in ("embedded", "reused", "truncated")}
     value = {
         **task.details,
@@ -204,12 +204,7 @@ def commit_embeddings(task: EmbedTask, num_chunks: int) -> dict[str, Any]:
     return task.folder.publish(NAME.removesuffix(".json"), value)
 
 
-def _block_record(task: EmbedTask, block: int, num_chunks: int) -> dict[str, Any]:
-    record = task.folder.record(task.record_name(block))
-    if record is None:
-        raise StorageError(
-            f"{task.folder.url}: block {block} is missing; run the embed stage again"
-        )
+def _check_shape(task: EmbedTask, block: int, record: dict[str, Any], num_chunks: int) -> None:
     found = (record["rows"], record["dimension"])
     rows = min(task.block_chunks, num_chunks - block * task.block_chunks)
     expected = (rows, task.details.get("dimension", record["dimension"]))
@@ -218,7 +213,6 @@ def _block_record(task: EmbedTask, block: int, num_chunks: int) -> dict[str, Any
             f"{task.folder.url}: block {block} has shape {found}, expected {expected}; it was made "
             "by another task. Delete the folder and run the embed stage again"
         )
-    return record
 
 
 def _warn_of_truncation(task: EmbedTask, totals: dict[str, int]) -> None:

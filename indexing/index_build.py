@@ -145,26 +145,20 @@ def merge(task: IndexTask, _: int = 0) -> dict[str, Any]:
 
 def _shard_records(task: IndexTask) -> list[dict[str, Any]]:
     """The records of all shards, in order, checked against each other."""
-    found = [task.folder.record(task.shard_record(i)) for i in range(task.total_shards)]
-    missing = [i for i, record in enumerate(found) if record is None]
-    if missing:
-        raise StorageError(
-            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; add them "
-            "first"
-        )
-    shards = [record for record in found if record is not None]
+    names = [task.shard_record(i) for i in range(task.total_shards)]
+    shards = task.folder.all_records(names, "add these shards first")
     trained = (task.folder.record("trained") or {}).get("files", {}).get("index", {}).get("sha256")
     for i, shard in enumerate(shards):
         expected = faiss_index.shard_range(task.indexed_chunks, task.total_shards, i)
         if (shard["start"], shard["stop"]) != expected:
             raise StorageError(
-                f"{task.folder.path_of(task.shard_record(i))}.json holds chunks {shard['start']}.."
+                f"{task.folder.path_of(names[i])}.json holds chunks {shard['start']}.."
                 f"{shard['stop'] - 1}, expected {expected[0]}..{expected[1] - 1}; delete it and "
                 "add the shard again"
             )
         if shard["trained"] != trained:
             raise StorageError(
-                f"{task.folder.path_of(task.shard_record(i))}.json was added to the trained index "
+                f"{task.folder.path_of(names[i])}.json was added to the trained index "
                 f"{shard['trained'][:16]}, expected {str(trained)[:16]}; delete it and add the "
                 "shard again"
             )

@@ -17,6 +17,8 @@ Hits = tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.int64]]
 
 # The nearest lists come first: what they give bounds what the many others can add.
 _PHASES = (1, 4, 16)
+_SCORES = 1 << 22
+_SCORE_LIMIT = 1 << 25
 
 
 def search_by_list(
@@ -30,7 +32,7 @@ def search_by_list(
     hits: Hits = (np.empty(0, np.intp), np.empty(0, np.float32), np.empty(0, np.int64))
     floor = np.full(len(queries), -np.inf, np.float32)
     for start, stop in pairwise(edges):
-        found = list(_visit(lists, units, visited[:, start:stop], floor))
+        found = list(_visit(lists, units, visited[:, start:stop], floor, k))
         hits = _best([hits, *found], len(queries), k)
         floor = _kth(hits, len(queries), k)
     return _table(hits, len(queries), k)
@@ -41,31 +43,62 @@ def _visit(
     queries: NDArray[np.float32],
     visited: NDArray[np.int64],
     floor: NDArray[np.float32],
+    k: int,
 ) -> Iterator[Hits]:
-    """(query numbers, scores, ids) of all vectors of the visited lists that reach their query's
-    floor."""
+    """(query numbers, scores, ids) of the vectors of the visited lists that reach their query's
+    floor, and can be among its k best."""
     order = np.argsort(visited, axis=None, kind="stable")
     owners = order // visited.shape[1]
     limits = np.searchsorted(visited.ravel()[order], np.arange(lists.num_lists + 1))
     for number in np.flatnonzero(np.diff(limits)):
-        rows = owners[limits[number] : limits[number + 1]]
         ids, vectors = lists.read(int(number))
         if len(ids) == 0:
             continue
-        scores = queries[rows] @ in_units(vectors).T
-        places = np.flatnonzero(scores >= floor[rows, None])
-        row = places // len(ids)
-        yield rows[row], scores.ravel()[places], ids[places - row * len(ids)]
+        units = in_units(vectors).T
+        step = max(1, _SCORES // len(ids))
+        for start in range(limits[number], limits[number + 1], step):
+            rows = owners[start : min(start + step, limits[number + 1])]
+            row, scores, found = _reaching(queries[rows] @ units, floor[rows], ids, k)
+            yield rows[row], scores, found
+
+
+def _reaching(
+    scores: NDArray[np.float32], floor: NDArray[np.float32], ids: NDArray[np.int64], k: int
+) -> Hits:
+    """Hits of scores [R, L] that reach floor [R]; never more than k a row on the average, whatever
+    the length of the list."""
+    num_rows, length = scores.shape
+    places = np.flatnonzero(scores >= floor[:, None])
+    has_many = len(places) > k * num_rows
+    if has_many:
+        kth = np.partition(scores, length - k, axis=1)[:, length - k]
+        places = np.flatnonzero(scores >= np.maximum(floor, kth)[:, None])
+    row = places // length
+    hits = row, scores.ravel()[places], ids[places - row * length]
+    return _best([hits], num_rows, k) if has_many else hits
 
 
 def _best(parts: list[Hits], num_queries: int, k: int) -> Hits:
     """The k best hits of each query, ordered by query, score and id."""
     rows, scores, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((ids, -scores, rows))
+    order = _order(rows, scores, ids)
     rows = rows[order]
     rank = _rank(rows, num_queries)
     kept = order[rank < k]
     return rows[rank < k], scores[kept], ids[kept]
+
+
+def _order(
+    rows: NDArray[np.intp], scores: NDArray[np.float32], ids: NDArray[np.int64]
+) -> NDArray[np.intp]:
+    """Order by row, score (integers, greatest first) and id: one sort of packed keys, and one of
+    what is equal in them."""
+    keys = rows * (2 * _SCORE_LIMIT) + (_SCORE_LIMIT - scores.astype(np.int64))
+    order = np.argsort(keys)
+    is_next_equal = np.diff(keys[order]) == 0
+    equal = np.flatnonzero(np.append(is_next_equal, False) | np.append(False, is_next_equal))
+    order[equal] = order[equal][np.lexsort((ids[order[equal]], keys[order[equal]]))]
+    return order
 
 
 def _rank(rows: NDArray[np.intp], num_queries: int) -> NDArray[np.intp]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from etl.dataset import Dataset
 from etl.npy_file import NpyFile, write_npy
-from etl.storage import StageFolder, StorageError, StoredFile, scratch_folder
+from etl.storage import StageFolder, StoredFile, scratch_folder
 from indexing import faiss_index, knn_map
 from indexing.built_index import open_index
 from indexing.embeddings import Embeddings, EmbedTask, covering_blocks, num_blocks
@@ -128,13 +128,10 @@ def query_embeddings(task: EmbedTask, num_chunks: int, start: int, stop: int) ->
         StorageError: a block is missing.
     """
     blocks: list[dict[str, Any] | None] = [None] * num_blocks(num_chunks, task.block_chunks)
-    for block in covering_blocks(start, stop, task.block_chunks):
-        record = task.folder.record(task.record_name(block))
-        if record is None:
-            raise StorageError(
-                f"{task.folder.url}: block {block} is missing; run the search stage, which embeds "
-                "what it needs"
-            )
+    needed = covering_blocks(start, stop, task.block_chunks)
+    names = [task.record_name(block) for block in needed]
+    records = task.folder.all_records(names, "run the search stage, which embeds what it needs")
+    for block, record in zip(needed, records, strict=True):
         blocks[block] = record["files"]["vectors"]
     sizes = {"num_chunks": num_chunks, "block_chunks": task.block_chunks}
     return Embeddings(task.folder.url, {**task.details, **sizes, "blocks": blocks})
@@ -181,17 +178,9 @@ def combine(task: MapTask, shard_id: int) -> dict[str, Any]:
     record = task.folder.record(name)
     if record is not None:
         return record
-    records = [task.folder.record(task.part_record(shard_id, j)) for j in range(task.index_shards)]
-    missing = [j for j, part in enumerate(records) if part is None]
-    if missing:
-        raise StorageError(
-            f"{task.folder.url}: query shard {shard_id} was not searched in index shards "
-            f"{missing[:5]} of {task.index_shards}; search them first"
-        )
-    columns = [
-        [_load(task, part["files"][kind]) for part in records if part is not None]
-        for kind in ("ids", "scores")
-    ]
+    names = [task.part_record(shard_id, j) for j in range(task.index_shards)]
+    records = task.folder.all_records(names, "search these parts first")
+    columns = [[_load(task, part["files"][kind]) for part in records] for kind in ("ids", "scores")]
     start, stop = _range(task, shard_id)
     blocks = (
         best_of([(ids[rows], scores[rows]) for ids, scores in zip(*columns, strict=True)])
@@ -216,14 +205,8 @@ def merge(task: MapTask, _: int = 0) -> dict[str, Any]:
     manifest = task.folder.record(NAME.removesuffix(".json"))
     if manifest is not None:
         return manifest
-    found = [task.folder.record(task.shard_record(i)) for i in range(task.total_shards)]
-    records = [record for record in found if record is not None]
-    if len(records) < task.total_shards:
-        missing = [i for i, record in enumerate(found) if record is None]
-        raise StorageError(
-            f"{task.folder.url}: shards {missing[:5]} of {task.total_shards} are missing; search "
-            "them first"
-        )
+    names = [task.shard_record(i) for i in range(task.total_shards)]
+    records = task.folder.all_records(names, "search these shards first")
     rows = sum(record["rows"] for record in records)
     with scratch_folder(task.folder.url) as scratch:
         paths = [scratch / "map.knn", scratch / "map.scores.npy"]

@@ -226,10 +226,11 @@ def test_copies_that_are_not_finite_are_refused(data, from_text, tmp_path):
 
 def test_commit_refuses_blocks_of_another_task_and_missing_ones(data, tmp_path):
     task = make_task(data.retrieval, tmp_path)
-    with pytest.raises(StorageError, match="block 0 is missing"):
+    with pytest.raises(StorageError, match="records are missing: blocks/000000, "):
         commit_embeddings(task, data.retrieval.num_chunks)
     value = {"files": {}, "rows": BLOCK, "dimension": 12}
-    task.folder.publish(task.record_name(0), value)
+    for block in range(num_blocks(data.retrieval.num_chunks, BLOCK)):
+        task.folder.publish(task.record_name(block), value)
     with pytest.raises(StorageError, match=r"has shape \(100, 12\), expected \(100, 384\)"):
         commit_embeddings(task, data.retrieval.num_chunks)
 

@@ -142,7 +142,7 @@ def test_stages_run_again_do_nothing_and_missing_ones_are_named(corpus):
         index_build.add(task, 0)
     trained = index_build.train(task)
     index_build.add(task, 0)
-    with pytest.raises(StorageError, match=r"shards \[1\] of 2 are missing"):
+    with pytest.raises(StorageError, match="1 of 2 records are missing: shards/00001-of-00002"):
         index_build.merge(task)
     with pytest.raises(StorageError, match="run the merge stage first"):
         index_build.tune(task)
@@ -266,5 +266,5 @@ def test_failing_tasks_are_set_aside_and_the_first_is_named(corpus, runner):
 
 def test_missing_embeddings_are_named(corpus, tmp_path):
     task = EmbedTask(StageFolder(str(tmp_path)), corpus.retrieval.url, EMBEDDER, 32, {})
-    with pytest.raises(StorageError, match="block 0 is missing"):
+    with pytest.raises(StorageError, match="records are missing: blocks/000000, "):
         commit_embeddings(task, corpus.retrieval.num_chunks)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from indexing import faiss_index
+from indexing import faiss_index, list_search
 from indexing.exact_search import BlockSearcher
 from indexing.exact_torch import TorchSearcher
 from indexing.faiss_index import IndexBuildError
@@ -96,6 +96,19 @@ def test_search_by_list_finds_what_scanning_finds(embeddings, vectors, factory, 
     # distances to them rank otherwise.
     assert np.mean(same) > (0.6 if (metric, factory[-4:]) == ("l2", "Q8x4") else 0.98)
     assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_of_many_equal_vectors_in_a_list_the_first_ids_are_found(tmp_path, monkeypatch):
+    same = np.repeat(made_up_vectors(5, seed=1)[1:], 600, axis=0)
+    embeddings = store_embeddings(tmp_path, same)
+    index = faiss_index.train_index("IVF2,SQ8", "inner_product", embeddings, 2400, 2400, 0)
+    faiss_index.add_rows(index, embeddings, 0, 2400)
+    queries = same[::200].astype(np.float32)
+    _, ids = search_by_list(InvertedLists(index), queries, 2, 10)
+    first = np.repeat(np.arange(4) * 600, 3)
+    np.testing.assert_array_equal(ids, first[:, None] + np.arange(10))
+    monkeypatch.setattr(list_search, "_SCORES", 3000)
+    np.testing.assert_array_equal(search_by_list(InvertedLists(index), queries, 2, 10)[1], ids)
 
 
 @pytest.mark.parametrize("factory", ["IVF16,SQ8", "IVF16,RaBitQ", "IVF16,PQ8x4"])

@@ -4,11 +4,14 @@
 
 All sides take the same file, in turn, in one run; CPU seconds are those of all processes (Java and
 workers too), without starting a session and with warm workers. A job costs about 4 CPU-seconds
-whatever its size, which weigh on small files. `raw` is tiktoken's encode_ordinary on texts in
-memory. `nemo_like` is a process pool over documents that makes ids as NeMo's AutoTokenizer does
-(transformers' fast tokenizer: tokenize, then convert_tokens_to_ids) and writes them; `pool` is the
-same with one call of the tokenizers library for a document. datatrove (JsonlReader,
-DocumentTokenizer) is measured if it is installed: pip install datatrove. The last line is JSON.
+whatever its size, which weigh on small files. The last line is JSON.
+
+* raw: tiktoken's encode_ordinary on texts in memory, with GPT-2's ranks and its pattern as
+  published; raw_grouped: the same with the pattern grouped as in `etl/fast_bpe.py`.
+* nemo_like: a process pool over documents that makes ids as NeMo's AutoTokenizer does
+  (transformers' fast tokenizer: tokenize, then convert_tokens_to_ids) and writes them; pool: the
+  same with one call of the tokenizers library for a document.
+* datatrove (JsonlReader, DocumentTokenizer) if it is installed: pip install datatrove.
 """
 
 import argparse
@@ -29,10 +32,11 @@ from typing import Any
 
 import numpy as np
 import psutil
+import tiktoken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from etl.fast_bpe import FastBPE
+from etl.fast_bpe import GPT2_PATTERN, FastBPE
 from etl.huggingface_tokenizer import HuggingFaceTokenizer
 from etl.prepare import PrepareConfig, prepare
 from etl.spark import spark_session
@@ -77,9 +81,17 @@ class CpuClock:
         return sum(list(self._seen.values()))
 
 
-def raw(fast: FastBPE, texts: list[str]) -> None:
+def published(fast: FastBPE) -> tiktoken.Encoding:
+    """The encoding with GPT-2's pattern as published, without its special token, which slows it."""
+    ranks, special = fast._encoding._mergeable_ranks, fast._encoding._special_tokens
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def raw(encoding: tiktoken.Encoding, texts: list[str]) -> None:
     for text in texts:
-        fast._encoding.encode_ordinary(text)
+        encoding.encode_ordinary(text)
 
 
 _encode: Callable[[str], list[int]] | None = None
@@ -152,7 +164,9 @@ def sides(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Ca
         made = multiprocessing.get_context("spawn").Pool(2, load, (str(folder / "tokenizer.json"),))
         return lambda: over_documents(made, path, folder / name, tokenizer.eod_id)
 
-    yield "raw", lambda: raw(fast, texts)
+    as_published = published(fast)
+    yield "raw", lambda: raw(as_published, texts)
+    yield "raw_grouped", lambda: raw(fast._encoding, texts)
     yield "ours", ours
     yield "nemo_like", pool("nemo_like", _load_nemo_like)
     yield "pool", pool("pool", _load_pool)

@@ -17,7 +17,7 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Without any special token tiktoken looks for an empty one at every character, which halves its
 # speed. These two code points are no characters; in a text they are encoded as text.
 _NOWHERE = "\U0010fffe\U0010ffff"
@@ -52,7 +52,7 @@ class FastBPE:
         try:
             encoding = tiktoken.Encoding(
                 "retromill",
-                pat_str=pattern,
+                pat_str=_grouped(pattern),
                 mergeable_ranks=ranks,
                 special_tokens={_NOWHERE: len(ranks)},
             )
@@ -119,12 +119,19 @@ def _pattern(spec: dict[str, Any]) -> str | None:
     if not plain or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return None
     if len(steps) == 1:
-        return _GPT2_PATTERN if steps[0]["use_regex"] else None
+        return GPT2_PATTERN if steps[0]["use_regex"] else None
     split = steps[0]
     is_usual = split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"]
     if len(steps) == 2 and is_usual and not steps[1]["use_regex"]:
         return split["pattern"].get("Regex")
     return None
+
+
+def _grouped(pattern: str) -> str:
+    """The same pattern, a third faster: alternatives without look-ahead in a group of their own are
+    one automaton; beside one with look-ahead each is tried by itself."""
+    plain, look_ahead, rest = pattern.partition(r"|\s+(?!\S)")
+    return f"(?:{plain}){look_ahead}{rest}" if look_ahead else pattern
 
 
 def _ranked_pieces(spec: dict[str, Any]) -> list[tuple[bytes, int]] | None:

@@ -59,16 +59,18 @@ def write_corpus(data: Path, path: Path, copies: int) -> list[str]:
 
 
 class CpuClock:
-    """CPU seconds of this process and of all that it started. Looked at twice a second, so that
-    those of a process that ends are kept."""
+    """CPU seconds of this process and of all that it started, but for its own. Looked at twice a
+    second, so that those of a process that ends are kept."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, float], float] = {}
+        self._own = 0.0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             self.seconds()
+            self._own = time.thread_time()
             time.sleep(0.5)
 
     def seconds(self) -> float:
@@ -78,7 +80,7 @@ class CpuClock:
                 times = process.cpu_times()
                 key = process.pid, process.create_time()
                 self._seen[key] = times.user + times.system
-        return sum(list(self._seen.values()))
+        return sum(list(self._seen.values())) - self._own
 
 
 def published(fast: FastBPE) -> tiktoken.Encoding:
@@ -152,9 +154,7 @@ def sides(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Ca
     assert fast is not None, "the tokenizer has no fast path"
     (folder / "tokenizer.json").write_bytes(tokenizer.to_bytes())
     spark = spark_session("retromill benchmark")
-    config = PrepareConfig(
-        str(path), str(folder / "ours"), str(arguments.tokenizer), split_bytes=32 << 20
-    )
+    config = PrepareConfig(str(path), str(folder / "ours"), str(arguments.tokenizer))
 
     def ours() -> None:
         shutil.rmtree(folder / "ours", ignore_errors=True)

@@ -32,6 +32,7 @@ _INFO = pa.schema(
     ]
 )
 _ENCODED_CHUNKS = 4096
+_ROW_GROUP = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ShardWriter:
         self._layout, self._tokenizer, self._encoder = layout, tokenizer, encoder
         self._nemo_padding, self._source_names = nemo_padding, source_names
         self._info = pq.ParquetWriter(self._paths[3], _INFO)
+        self._info_rows: list[pa.RecordBatch] = []
         self._documents = NpyFile(self._paths[2], DOCUMENT_DTYPE)
         self._chunk_bytes = NpyFile(self._paths[4], np.dtype("<u4"))
         self._encoder_ids = open(scratch / "encoder_ids", "w+b")  # noqa: SIM115
@@ -100,8 +102,16 @@ class ShardWriter:
             **{name: table[name] for name in ("offset", "text_bytes", "num_tokens")},
         }
         arrays = [pa.array(columns[field.name], field.type) for field in _INFO]
-        self._info.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_INFO))
+        self._info_rows.append(pa.RecordBatch.from_arrays(arrays, schema=_INFO))
         self._count += len(table)
+        if sum(rows.num_rows for rows in self._info_rows) >= _ROW_GROUP:
+            self._write_info()
+
+    def _write_info(self) -> None:
+        """A row group of what has gathered: one for each megabyte of text would cost more time."""
+        if self._info_rows:
+            self._info.write_table(pa.Table.from_batches(self._info_rows, _INFO))
+            self._info_rows = []
 
     def _add_chunk_bytes(self, pieces: Sequence[Piece]) -> None:
         lengths = np.asarray([len(piece.encoded.ids) for piece in pieces])
@@ -148,6 +158,7 @@ class ShardWriter:
 
     def store(self, folder: StageFolder, stem: str) -> Shard:
         """Closes the files and stores them in the folder."""
+        self._write_info()
         for file in (self._file, self._info, self._documents, self._chunk_bytes):
             file.close()
         with open(self._paths[1], "wb") as file:

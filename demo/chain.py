@@ -44,15 +44,7 @@ log = logging.getLogger(__name__)
 NEIGHBORS = 2
 SEQ_LENGTH = 256
 _HELD_OUT = ("validation", "test")
-_SHAPE = {
-    "hidden_size": 128,
-    "ffn_hidden_size": 512,
-    "num_attention_heads": 4,
-    "kv_channels": 64,
-    "dec_num_layers": 4,
-    "init_method_std": 0.06,
-}
-_RETRIEVAL_SHAPE = {"dec_cross_attention": "[3]", "enc_num_layers": 1, "enc_cross_attention": "[0]"}
+_PRESET = Path(__file__).parents[1] / "jobs" / "configs" / "demo.yaml"
 _PLAIN_SHARE = 0.4
 
 
@@ -270,24 +262,16 @@ def _train(
     datasets = {name: found["url"] for name, found in results["prepare"]["datasets"].items()}
     ranks = min(2, os.cpu_count() or 1)
     common = {
+        "config": _PRESET,
         "data.train_url": datasets["train"],
         "data.validation_url": datasets["validation"],
         "data.seq_length": SEQ_LENGTH,
-        **{f"model.{name}": value for name, value in _SHAPE.items()},
-        "trainer.max_steps": 100000,
-        "trainer.global_batch_size": 8,
-        "trainer.micro_batch_size": 4,
-        "trainer.val_interval": 100,
-        "trainer.save_interval": 50,
-        "optim.lr": 3e-3,
-        "optim.warmup_steps": 30,
     }
     retrieval = {
         "data.retrieval_url": datasets["retrieval"],
         "data.train_map_url": results["knn-train"]["map_url"],
         "data.validation_map_url": results["knn-validation"]["map_url"],
         "data.neighbors": NEIGHBORS,
-        **{f"model.{name}": value for name, value in _RETRIEVAL_SHAPE.items()},
         "trainer.copy_warmup_steps": 40,
         "init_url": root / "plain",
         "trainable": "retrieval",

@@ -100,7 +100,7 @@ def _readers(config: EvaluateConfig, dataset: Dataset) -> dict[str, SampleReader
         return readers
     built, retrieval = open_map(config.map_url), Dataset(config.retrieval_url)
     for mode, kind in (("on", NeighborReader), ("random", RandomNeighborReader)):
-        neighbors = kind(dataset, built, retrieval, config.neighbors)
+        neighbors = kind.open(dataset, built, retrieval, config.neighbors)
         readers[mode] = SampleReader(dataset, config.seq_length, neighbors)
     return readers
 

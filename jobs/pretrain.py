@@ -13,10 +13,12 @@ from etl.storage import StorageError, create_json, join_url, read_json
 from indexing.knn_manifest import open_map
 from jobs import STARTED_BY
 from jobs.command_line import run_job
+from model import flops
 from model.checkpoint import freeze_decoder, latest_checkpoint, load_weights, require_checkpoint
 from model.config import ModelConfig, RetroConfig
 from model.initialization import initialize, start_retrieval_from_decoder
-from model.optimizer import OptimConfig
+from model.mup import BaseShapes, WidthScales, read_shape_file, width_scales, with_mup
+from model.optimizer import OptimConfig, build_optimizer, check_name
 from model.parallel import Precision, end_with, process_group, shard
 from model.retro import Retro, is_retrieval_parameter
 from model.samples import NeighborReader, SampleReader
@@ -61,6 +63,9 @@ class PretrainConfig:
         optim: Optimizer and schedule.
         init_url: Folder of a run whose newest weights to start from. A plain decoder may become a
             RETRO model.
+        shape_file: URL of a muP shape file that jobs.mup_shapes wrote: initial weights, learning
+            rates and logits are scaled by the width over that of its base model; goes with
+            optim.name muadamw or muadam.
         trainable: all parameters, or only those of retrieval, on a frozen decoder (RETRO-fitting;
             needs init_url).
         precision: 32, or bf16 for parameters and arithmetic with float32 master weights.
@@ -74,6 +79,7 @@ class PretrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_url: str | None = None
+    shape_file: str | None = None
     trainable: Literal["all", "retrieval"] = "all"
     precision: Precision = "32"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -84,7 +90,10 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(STARTED_BY)
     train, validation = _readers(config)
-    model = Retro(_model_config(config, train.dataset))
+    shapes = read_shape_file(config.shape_file) if config.shape_file else None
+    model = Retro(_model_config(config, train.dataset, shapes))
+    scales = width_scales(model, shapes) if shapes else None
+    check_name(config.optim, scales)
     if config.trainable == "retrieval" and not (model.config.has_retrieval and config.init_url):
         raise ValueError(
             "trainable=retrieval needs init_url (the decoder to freeze) and a model with "
@@ -94,13 +103,15 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         return _describe(config, model, train)
     with process_group(config.device) as mesh:
         logging.getLogger().setLevel(logging.INFO if mesh.get_rank() == 0 else logging.WARNING)
-        _claim_folder(config, train)
-        _prepare_weights(config, model)
+        _claim_folder(config, model.config, train)
+        neighbors = config.data.neighbors if train.retrieval else 0
+        log.info("%s", flops.describe(model.config, config.data.seq_length, neighbors))
+        _prepare_weights(config, model, scales)
         model.to(config.device)
         shard(model, mesh, config.precision)
-        trainer = Trainer(
-            config.trainer, config.optim, model, mesh, train, validation, config.output_url
-        )
+        optimizer = build_optimizer(config.optim, model, scales)
+        loop, url = config.trainer, config.output_url
+        trainer = Trainer(loop, config.optim, optimizer, model, mesh, train, validation, url)
         result = trainer.run()
         return {"run_url": config.output_url, **result} if mesh.get_rank() == 0 else None
 
@@ -152,21 +163,26 @@ def _reader(
     dataset = Dataset(url)
     neighbors = None
     if retrieval is not None and map_url is not None:
-        neighbors = NeighborReader(dataset, open_map(map_url), retrieval, config.data.neighbors)
+        neighbors = NeighborReader.open(
+            dataset, open_map(map_url), retrieval, config.data.neighbors
+        )
     return SampleReader(dataset, config.data.seq_length, neighbors)
 
 
-def _model_config(config: PretrainConfig, dataset: Dataset) -> RetroConfig:
+def _model_config(
+    config: PretrainConfig, dataset: Dataset, shapes: BaseShapes | None
+) -> RetroConfig:
     manifest = dataset.manifest
-    return RetroConfig(
+    standard = RetroConfig(
         **asdict(config.model),
         vocab_size=manifest.vocab_size,
         eod_id=manifest.eod_id,
         chunk_size=manifest.chunk_size,
     )
+    return standard if shapes is None else with_mup(standard, shapes)
 
 
-def _claim_folder(config: PretrainConfig, train: SampleReader) -> None:
+def _claim_folder(config: PretrainConfig, model: RetroConfig, train: SampleReader) -> None:
     """Records what determines the run; refuses a folder that holds a run of another
     configuration."""
     wanted = {
@@ -176,6 +192,7 @@ def _claim_folder(config: PretrainConfig, train: SampleReader) -> None:
         "neighbors": config.data.neighbors if train.retrieval else None,
         "trainable": config.trainable,
         "precision": config.precision,
+        "output_width_mult": model.output_width_mult,
         "training_fingerprint": train.dataset.manifest.fingerprint,
         "map_fingerprint": open_map(config.data.train_map_url).fingerprint
         if config.data.train_map_url
@@ -197,10 +214,10 @@ def _claim_folder(config: PretrainConfig, train: SampleReader) -> None:
         )
 
 
-def _prepare_weights(config: PretrainConfig, model: Retro) -> None:
+def _prepare_weights(config: PretrainConfig, model: Retro, scales: WidthScales | None) -> None:
     """Initial or loaded weights, before sharding; a run that continues overwrites them from its
     checkpoint."""
-    initialize(model, config.trainer.seed)
+    initialize(model, config.trainer.seed, scales)
     if config.init_url is not None and latest_checkpoint(config.output_url) is None:
         load_weights(require_checkpoint(config.init_url), model)
         if config.trainable == "retrieval":
@@ -211,6 +228,7 @@ def _prepare_weights(config: PretrainConfig, model: Retro) -> None:
 
 def _describe(config: PretrainConfig, model: Retro, train: SampleReader) -> dict[str, Any]:
     sizes = {name: p.numel() for name, p in model.named_parameters()}
+    length, neighbors = config.data.seq_length, config.data.neighbors if train.retrieval else 0
     return {
         "run_url": config.output_url,
         "parameters": sum(sizes.values()),
@@ -222,6 +240,7 @@ def _describe(config: PretrainConfig, model: Retro, train: SampleReader) -> dict
         "tokens": config.trainer.max_steps
         * config.trainer.global_batch_size
         * config.data.seq_length,
+        "training_flops_per_token": flops.training_flops(model.config, length, neighbors) / length,
     }
 
 

@@ -1,7 +1,7 @@
 """Attention of the decoder and the retrieval encoder.
 
 B batch, L sequence, C chunks, M chunk tokens, K neighbors, R neighbor tokens (2 M), N = B * C,
-D width, H heads, P head width, Q queries, T keys.
+D width of the stack, H heads, G query groups, P head width, Q queries, T keys.
 """
 
 from dataclasses import dataclass
@@ -9,79 +9,123 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from model.config import RetroConfig
+from model.block_attention import attend_blocks
+from model.config import RetroConfig, StackShape
 from model.rotary import Table, rotate
 
 
-def masked_attention(q_BHQP: Tensor, k_BHTP: Tensor, v_BHTP: Tensor, mask_BQT: Tensor) -> Tensor:
-    """[B, H, Q, P] softmax(q k^T / sqrt(P)) v over the keys that the mask allows; zeros for a query
-    that may see none."""
-    has_key_BQ1 = mask_BQT.any(dim=-1, keepdim=True)
-    allowed = (mask_BQT | ~has_key_BQ1)[:, None]
-    out_BHQP = F.scaled_dot_product_attention(q_BHQP, k_BHTP, v_BHTP, attn_mask=allowed)
-    return out_BHQP * has_key_BQ1[:, None].to(out_BHQP.dtype)
+@dataclass(frozen=True)
+class Mask:
+    """Which keys each query may see. A query that may see none is let see all, and its result is
+    set to zero.
+
+    Attributes:
+        allowed_B1QT: True where a query may see a key; Q and T may be 1 for all.
+        has_key_B1Q1: False for queries that see none.
+    """
+
+    allowed_B1QT: Tensor
+    has_key_B1Q1: Tensor
+
+    @staticmethod
+    def of(mask_BQT: Tensor) -> "Mask":
+        has_key_B1Q1 = mask_BQT.any(dim=-1, keepdim=True)[:, None]
+        return Mask(mask_BQT[:, None] | ~has_key_B1Q1, has_key_B1Q1)
 
 
-def _heads(x: Tensor, config: RetroConfig, parts: int) -> tuple[Tensor, ...]:
-    """[B, L, H * parts * P] with rows ordered [head][part] -> `parts` tensors [B, H, L, P]."""
-    x = x.unflatten(-1, (config.num_attention_heads, parts, config.head_dim))
-    return tuple(part.transpose(1, 2) for part in x.unbind(-2))
+def attend(
+    q_BHQP: Tensor,
+    k_BGTP: Tensor,
+    v_BGTP: Tensor,
+    mask: Mask | BlockMask,
+    scale: float,
+    drop: float,
+) -> Tensor:
+    """[B, H, Q, P] softmax(scale q k^T) v over the keys that the mask allows; zeros for a query
+    that may see none. Probabilities are dropped with probability `drop`."""
+    is_grouped = q_BHQP.shape[1] != k_BGTP.shape[1]
+    if isinstance(mask, BlockMask):
+        return attend_blocks(q_BHQP, k_BGTP, v_BGTP, mask, scale, is_grouped)
+    out_BHQP = F.scaled_dot_product_attention(
+        q_BHQP,
+        k_BGTP,
+        v_BGTP,
+        attn_mask=mask.allowed_B1QT,
+        dropout_p=drop,
+        scale=scale,
+        enable_gqa=is_grouped,
+    )
+    return out_BHQP * mask.has_key_B1Q1.to(out_BHQP.dtype)
 
 
-def _join_heads(x_BHQP: Tensor) -> Tensor:
-    return x_BHQP.transpose(1, 2).flatten(2)
+class _Attention(nn.Module):
+    def __init__(self, config: RetroConfig, shape: StackShape) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+        self.query_width = shape.num_attention_heads * config.head_dim
+        self.group_width = shape.num_query_groups * config.head_dim
+        self.dense = nn.Linear(self.query_width, shape.hidden_size, bias=config.bias)
+
+    def _split(self, x_BLW: Tensor, queries: int, others: int) -> list[Tensor]:
+        """[B, L, W] with rows ordered [group][queries, then others][P] -> the queries
+        [B, G * queries, L, P] and each of the others [B, G, L, P]."""
+        x = x_BLW.unflatten(-1, (self.shape.num_query_groups, queries + others, -1))
+        parts = [x[..., queries + i, :].transpose(1, 2) for i in range(others)]
+        return [x[..., :queries, :].flatten(2, 3).transpose(1, 2), *parts] if queries else parts
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | BlockMask) -> Tensor:
+        """[B, Q, H * P]"""
+        drop = self.config.attention_dropout if self.training else 0.0
+        out_BHQP = attend(q, k, v, mask, self.config.attention_scale, drop)
+        return out_BHQP.transpose(1, 2).flatten(2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(_Attention):
     """Causal or bidirectional: the mask decides."""
 
-    def __init__(self, config: RetroConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.num_attention_heads * config.head_dim
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * width)
-        self.dense = nn.Linear(width, config.hidden_size)
+    def __init__(self, config: RetroConfig, shape: StackShape) -> None:
+        super().__init__(config, shape)
+        width = self.query_width + 2 * self.group_width
+        self.query_key_value = nn.Linear(shape.hidden_size, width, bias=config.bias)
 
-    def forward(self, x_BLD: Tensor, table: Table, mask_BLL: Tensor) -> Tensor:
-        q, k, v = _heads(self.query_key_value(x_BLD), self.config, 3)
-        return self.dense(
-            _join_heads(masked_attention(rotate(q, table), rotate(k, table), v, mask_BLL))
-        )
+    def forward(self, x_BLD: Tensor, table: Table, mask: Mask | BlockMask) -> Tensor:
+        per_group = self.shape.num_attention_heads // self.shape.num_query_groups
+        q, k, v = self._split(self.query_key_value(x_BLD), per_group, 2)
+        return self.dense(self._attend(rotate(q, table), rotate(k, table), v, mask))
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a cross-attention attends to: states [N, T, D], which of them each query may see [N, Q,
-    T], and positions."""
+    """What a cross-attention attends to: states [N, T, D of the other stack], which of them each
+    query may see, and positions."""
 
     states_NTD: Tensor
-    mask_NQT: Tensor
+    mask: Mask
     query_table: Table
     key_table: Table
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_Attention):
     """Encoder to chunk: queries are the tokens of all K neighbors of a chunk, folded into one
     axis."""
 
-    def __init__(self, config: RetroConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.num_attention_heads * config.head_dim
-        self.query = nn.Linear(config.hidden_size, width)
-        self.key_value = nn.Linear(config.hidden_size, 2 * width)
-        self.dense = nn.Linear(width, config.hidden_size)
+    def __init__(self, config: RetroConfig, shape: StackShape, context_size: int) -> None:
+        super().__init__(config, shape)
+        self.query = nn.Linear(shape.hidden_size, self.query_width, bias=config.bias)
+        self.key_value = nn.Linear(context_size, 2 * self.group_width, bias=config.bias)
 
     def forward(self, x_NQD: Tensor, context: Context) -> Tensor:
-        return self.dense(self.attend(x_NQD, context))
+        return self.dense(self._look_up(x_NQD, context))
 
-    def attend(self, x_NQD: Tensor, context: Context) -> Tensor:
+    def _look_up(self, x_NQD: Tensor, context: Context) -> Tensor:
         """[N, Q, H * P] before the output projection."""
-        (q,) = _heads(self.query(x_NQD), self.config, 1)
-        k, v = _heads(self.key_value(context.states_NTD), self.config, 2)
+        per_group = self.shape.num_attention_heads // self.shape.num_query_groups
+        (q,) = self._split(self.query(x_NQD), per_group, 0)
+        k, v = self._split(self.key_value(context.states_NTD), 0, 2)
         q, k = rotate(q, context.query_table), rotate(k, context.key_table)
-        return _join_heads(masked_attention(q, k, v, context.mask_NQT))
+        return self._attend(q, k, v, context.mask)
 
 
 class ChunkedCrossAttention(CrossAttention):
@@ -90,14 +134,16 @@ class ChunkedCrossAttention(CrossAttention):
     attend to nothing and get the output bias only.
     """
 
+    def __init__(self, config: RetroConfig, shape: StackShape, context_size: int) -> None:
+        super().__init__(config, shape, context_size)
+        self.gate = nn.Parameter(torch.zeros(1)) if config.cross_attention_gate else None
+
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        m = self.config.chunk_size
-        queries_NMD = windows(x_BLD, m).flatten(0, 1)
-        attended = self.attend(queries_NMD, context)
-        joined = attended.unflatten(0, (x_BLD.shape[0], -1)).flatten(1, 2)[
-            :, : x_BLD.shape[1] - m + 1
-        ]
-        return self.dense(F.pad(joined, (0, 0, m - 1, 0)))
+        m, length = self.config.chunk_size, x_BLD.shape[1]
+        found = self._look_up(windows(x_BLD, m).flatten(0, 1), context)
+        joined = found.unflatten(0, (x_BLD.shape[0], -1)).flatten(1, 2)[:, : length - m + 1]
+        out_BLD = self.dense(F.pad(joined, (0, 0, m - 1, 0)))
+        return out_BLD if self.gate is None else self.gate.tanh() * out_BLD
 
 
 def windows(x: Tensor, chunk_size: int) -> Tensor:

@@ -27,6 +27,7 @@ from model.config import RetroConfig
 from model.retro import Retro, is_retrieval_parameter
 
 _FOLDER = "checkpoints"
+_TRAINING_ONLY = {"init_method_std", "hidden_dropout", "attention_dropout"}
 
 
 def save_checkpoint(
@@ -156,6 +157,8 @@ def _check_compatible(stored: RetroConfig, wanted: RetroConfig, folder: str) -> 
     free = {
         "dec_cross_attention",
         "enc_num_layers",
+        "enc_width_ratio",
+        "cross_attention_gate",
         "enc_cross_attention",
         "version",
         "reset_cross_attention",
@@ -166,7 +169,7 @@ def _check_compatible(stored: RetroConfig, wanted: RetroConfig, folder: str) -> 
     differing = {
         k: (found[k], expected[k])
         for k in found
-        if k not in free | {"init_method_std"} and found[k] != expected[k]
+        if k not in free | _TRAINING_ONLY and found[k] != expected[k]
     }
     if differing:
         raise StorageError(

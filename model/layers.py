@@ -9,35 +9,50 @@ Shape letters as in `model/attention.py`.
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import ChunkedCrossAttention, Context, CrossAttention, SelfAttention
-from model.config import RetroConfig
+from model.attention import ChunkedCrossAttention, Context, CrossAttention, Mask, SelfAttention
+from model.config import RetroConfig, StackShape
 from model.rotary import Table
 
 
+def norm(config: RetroConfig, size: int) -> nn.Module:
+    if config.normalization == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.layernorm_epsilon)
+    return nn.LayerNorm(size, eps=config.layernorm_epsilon, bias=config.bias)
+
+
 class MLP(nn.Module):
-    def __init__(self, config: RetroConfig) -> None:
+    """gelu: W2 gelu(W1 x). swiglu: W2 (silu(A x) * B x), the rows of A and then of B in W1."""
+
+    def __init__(self, config: RetroConfig, shape: StackShape) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+        self.is_gated = config.activation == "swiglu"
+        inner, outer = shape.ffn_hidden_size, shape.hidden_size
+        self.dense_h_to_4h = nn.Linear(outer, inner * (1 + self.is_gated), bias=config.bias)
+        self.dense_4h_to_h = nn.Linear(inner, outer, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+        inner = self.dense_h_to_4h(x)
+        if self.is_gated:
+            gate, value = inner.chunk(2, dim=-1)
+            return self.dense_4h_to_h(F.silu(gate) * value)
+        return self.dense_4h_to_h(F.gelu(inner, approximate="tanh"))
 
 
 class AttentionHalf(nn.Module):
     """Returns the residual stream and its normalised form, both [B, L, D]."""
 
-    def __init__(self, config: RetroConfig) -> None:
+    def __init__(self, config: RetroConfig, shape: StackShape) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.self_attention = SelfAttention(config)
-        self.post_attention_layernorm = nn.LayerNorm(
-            config.hidden_size, eps=config.layernorm_epsilon
-        )
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = norm(config, shape.hidden_size)
+        self.self_attention = SelfAttention(config, shape)
+        self.post_attention_layernorm = norm(config, shape.hidden_size)
 
-    def forward(self, x_BLD: Tensor, table: Table, mask_BLL: Tensor) -> tuple[Tensor, Tensor]:
-        x_BLD = x_BLD + self.self_attention(self.input_layernorm(x_BLD), table, mask_BLL)
+    def forward(self, x_BLD: Tensor, table: Table, mask: Mask | BlockMask) -> tuple[Tensor, Tensor]:
+        added = self.self_attention(self.input_layernorm(x_BLD), table, mask)
+        x_BLD = x_BLD + F.dropout(added, self.dropout, self.training)
         return x_BLD, self.post_attention_layernorm(x_BLD)
 
 
@@ -45,34 +60,35 @@ class FeedForwardHalf(nn.Module):
     """Takes what AttentionHalf returns. Without a context the cross-attention is skipped: retrieval
     off."""
 
-    def __init__(self, config: RetroConfig, cross_attention: CrossAttention | None) -> None:
+    def __init__(
+        self, config: RetroConfig, shape: StackShape, cross_attention: CrossAttention | None
+    ) -> None:
         super().__init__()
+        self.dropout = config.hidden_dropout
         self.cross_attention = cross_attention
         if cross_attention is not None:
-            self.post_inter_attention_layernorm = nn.LayerNorm(
-                config.hidden_size, eps=config.layernorm_epsilon
-            )
-        self.mlp = MLP(config)
+            self.post_inter_attention_layernorm = norm(config, shape.hidden_size)
+        self.mlp = MLP(config, shape)
 
     def forward(self, x: Tensor, y: Tensor, context: Context | None) -> Tensor:
         if self.cross_attention is not None and context is not None:
-            x = x + self.cross_attention(y, context)
+            x = x + F.dropout(self.cross_attention(y, context), self.dropout, self.training)
             y = self.post_inter_attention_layernorm(x)
-        return x + self.mlp(y)
+        return x + F.dropout(self.mlp(y), self.dropout, self.training)
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: RetroConfig, has_cross_attention: bool) -> None:
         super().__init__()
-        self.attention_half = AttentionHalf(config)
-        self.feed_forward_half = FeedForwardHalf(
-            config, ChunkedCrossAttention(config) if has_cross_attention else None
-        )
+        shape, other = config.decoder_shape, config.encoder_shape.hidden_size
+        self.attention_half = AttentionHalf(config, shape)
+        cross = ChunkedCrossAttention(config, shape, other) if has_cross_attention else None
+        self.feed_forward_half = FeedForwardHalf(config, shape, cross)
 
     def forward(
-        self, x_BLD: Tensor, table: Table, mask_BLL: Tensor, context: Context | None
+        self, x_BLD: Tensor, table: Table, mask: Mask | BlockMask, context: Context | None
     ) -> Tensor:
-        x_BLD, y_BLD = self.attention_half(x_BLD, table, mask_BLL)
+        x_BLD, y_BLD = self.attention_half(x_BLD, table, mask)
         return self.feed_forward_half(x_BLD, y_BLD, context)
 
 
@@ -82,14 +98,13 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: RetroConfig, has_cross_attention: bool) -> None:
         super().__init__()
-        self.attention_half = AttentionHalf(config)
-        self.feed_forward_half = FeedForwardHalf(
-            config, CrossAttention(config) if has_cross_attention else None
-        )
+        shape, other = config.encoder_shape, config.hidden_size
+        self.attention_half = AttentionHalf(config, shape)
+        cross = CrossAttention(config, shape, other) if has_cross_attention else None
+        self.feed_forward_half = FeedForwardHalf(config, shape, cross)
 
-    def forward(self, x_NKRD: Tensor, table: Table, mask_NKRR: Tensor, context: Context) -> Tensor:
-        neighbors = x_NKRD.shape[1]
-        x, y = self.attention_half(x_NKRD.flatten(0, 1), table, mask_NKRR.flatten(0, 1))
-        fold = (-1, neighbors)
+    def forward(self, x_NKRD: Tensor, table: Table, mask: Mask, context: Context) -> Tensor:
+        fold = (-1, x_NKRD.shape[1])
+        x, y = self.attention_half(x_NKRD.flatten(0, 1), table, mask)
         x, y = (part.unflatten(0, fold).flatten(1, 2) for part in (x, y))
-        return self.feed_forward_half(x, y, context).unflatten(1, (neighbors, -1))
+        return self.feed_forward_half(x, y, context).unflatten(1, (fold[1], -1))

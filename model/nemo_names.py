@@ -9,7 +9,7 @@ def nemo_name(name: str, config: RetroConfig) -> str:
     prefix `model.`."""
     fixed = {
         "word_embeddings.weight": "encoder_embedding.word_embeddings.weight",
-        "head_bias": "tokens_head.bias",
+        "head.bias": "tokens_head.bias",
         "final_layernorm.weight": "post_decoder.model.final_layernorm.weight",
         "final_layernorm.bias": "post_decoder.model.final_layernorm.bias",
         "encoder.final_layernorm.weight": "encoder.model.final_layernorm.weight",

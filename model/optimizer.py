@@ -1,11 +1,16 @@
-"""AdamW over the trainable parameters and the learning-rate schedule."""
+"""Adam over the trainable parameters, in the standard parametrisation or under muP, and the
+learning-rate schedule."""
 
 from dataclasses import dataclass
 from math import cos, pi
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Adam, AdamW
+
+from model.config import ConfigError
+from model.mup import WidthScale, WidthScales
 
 
 @dataclass(frozen=True)
@@ -13,15 +18,18 @@ class OptimConfig:
     """Optimizer and schedule.
 
     Attributes:
-        lr: Peak learning rate.
+        name: adamw; under muP (with a shape_file) muadamw, or muadam, whose weight decay is part of
+            the gradient.
+        lr: Peak learning rate; of the base model under muP.
         min_lr_ratio: Learning rate at the end, as a fraction of the peak.
         warmup_steps: Steps of linear warm-up; then cosine decay to the end.
-        weight_decay: Decoupled decay of weight matrices and embeddings; none on biases and norms.
+        weight_decay: Decay of weight matrices and embeddings; none on biases and norms.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
         clip_grad: Largest global gradient norm.
     """
 
+    name: Literal["adamw", "muadamw", "muadam"] = "adamw"
     lr: float = 6e-4
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
@@ -31,22 +39,51 @@ class OptimConfig:
     clip_grad: float = 1.0
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> AdamW:
-    """AdamW with a group for decayed parameters and one for the rest; no empty groups."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trainable if not is_exempt(name)]
-    exempt = [p for name, p in trainable if is_exempt(name)]
-    groups = [
-        {"params": parameters, "weight_decay": decay, "lr_mult": 1.0}
-        for parameters, decay in ((decayed, config.weight_decay), (exempt, 0.0))
-        if parameters
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, scales: WidthScales | None = None
+) -> Adam:
+    """A group for each learning rate and weight decay that occur; `lr_mult` of a group is its
+    learning rate / config.lr. Under muP `scales` are the width scales of the parameters.
+
+    Raises:
+        ConfigError: a muP optimizer without width scales, or another with them.
+    """
+    check_name(config, scales)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = WidthScale(0, 1.0) if scales is None else scales[name]
+            groups.setdefault(_settings(config, name, scale), []).append(parameter)
+    options = [
+        {"params": params, "lr": config.lr * lr_mult, "lr_mult": lr_mult, "weight_decay": decay}
+        for (lr_mult, decay), params in groups.items()
     ]
-    return AdamW(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2))
+    optimizer = Adam if config.name == "muadam" else AdamW
+    return optimizer(options, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2))
+
+
+def check_name(config: OptimConfig, scales: WidthScales | None) -> None:
+    """Raises ConfigError for a muP optimizer without width scales, or another with them."""
+    if (scales is None) != (config.name == "adamw"):
+        raise ConfigError(
+            f"optim.name is {config.name} and shape_file is "
+            f"{'not given' if scales is None else 'given'}; expected muadamw or muadam with a "
+            "shape_file, adamw without"
+        )
+
+
+def _settings(config: OptimConfig, name: str, scale: WidthScale) -> tuple[float, float]:
+    """(lr_mult, weight decay). Decay within Adam is scaled against the learning rate, so that it
+    does not vanish with width."""
+    decay = 0.0 if is_exempt(name) else config.weight_decay
+    if config.name == "muadam":
+        decay *= scale.matrix_mult
+    return 1 / scale.matrix_mult, decay
 
 
 def is_exempt(name: str) -> bool:
-    """Biases and norm weights are not decayed."""
-    return name.endswith("bias") or "layernorm" in name
+    """Biases, gates and norm weights are not decayed."""
+    return name.endswith(("bias", "gate")) or "layernorm" in name
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:

@@ -14,10 +14,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import Context, windows
+from model.attention import Context, Mask, windows
+from model.block_attention import block_mask
 from model.config import RetroConfig
-from model.layers import DecoderLayer, EncoderLayer
+from model.head import Head
+from model.layers import DecoderLayer, EncoderLayer, norm
 from model.rotary import Table, rotary_table
 
 
@@ -32,45 +35,52 @@ class NeighborEncoder(nn.Module):
             EncoderLayer(config, layer in config.enc_cross_attention)
             for layer in range(config.enc_num_layers)
         )
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        width = config.encoder_shape.hidden_size
+        self.projection = None
+        if width != config.hidden_size:
+            self.projection = nn.Linear(config.hidden_size, width, bias=config.bias)
+        self.final_layernorm = norm(config, width)
 
     def forward(
         self, x_NKRD: Tensor, mask_NKR: Tensor, chunk_NMD: Tensor, chunk_mask_NM: Tensor
     ) -> Tensor:
-        """[N, K, R, D] from embedded neighbors, the states of their chunks, and which tokens of
-        both are no pads."""
+        """[N, K, R, width of the encoder] from embedded neighbors, the states of their chunks (both
+        of the decoder's width), and which tokens of both are no pads. Pads are no keys; what they
+        become as queries is not read by anything."""
         table = self._table(x_NKRD.shape[2], x_NKRD.device)
-        self_mask = mask_NKR[..., :, None] & mask_NKR[..., None, :]
+        self_mask = Mask.of(mask_NKR.flatten(0, 1)[:, None])
         context = Context(
             states_NTD=chunk_NMD,
-            mask_NQT=mask_NKR.flatten(1)[:, :, None] & chunk_mask_NM[:, None, :],
+            mask=Mask.of(chunk_mask_NM[:, None]),
             query_table=tuple(part.repeat(x_NKRD.shape[1], 1) for part in table),  # type: ignore[arg-type]
             key_table=self._table(chunk_NMD.shape[1], x_NKRD.device),
         )
+        if self.projection is not None:
+            x_NKRD = self.projection(x_NKRD)
         for layer in self.layers:
             x_NKRD = layer(x_NKRD, table, self_mask, context)
         return self.final_layernorm(x_NKRD)
 
     def _table(self, length: int, device: torch.device) -> Table:
         return rotary_table(
-            torch.arange(length, device=device), self.config.rotary_dim, self.config.rotary_base
+            torch.arange(length, device=device), self.config.rotary_dim, self.config.rope_theta
         )
 
 
 class Retro(nn.Module):
-    """Tied embedding and head, pre-layernorm, rotary positions, a learned bias on the logits."""
+    """NeMo's function or that of a modern decoder, as configured; pre-norm, rotary positions."""
 
     def __init__(self, config: RetroConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer in config.dec_cross_attention)
             for layer in range(config.dec_num_layers)
         )
         self.encoder = NeighborEncoder(config) if config.has_retrieval else None
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.final_layernorm = norm(config, config.hidden_size)
+        self.head = Head(config)
 
     @property
     def decoder_layers(self) -> list[DecoderLayer]:
@@ -102,29 +112,45 @@ class Retro(nn.Module):
         """
         if neighbors_BCKR is not None:
             self._check_neighbors(tokens_BL, neighbors_BCKR, neighbors_mask_BCKR)
-        x_BLD = self.word_embeddings(tokens_BL)
-        positions = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-        table = rotary_table(positions, self.config.rotary_dim, self.config.rotary_base)
+        x_BLD, embedded_BCKRD = self._embed(tokens_BL, neighbors_BCKR)
+        table = self._table(torch.arange(tokens_BL.shape[1], device=tokens_BL.device))
         segments_BL = document_segments(tokens_BL, self.config.eod_id)
-        mask_BLL = causal_mask(segments_BL, tokens_mask_BL)
+        mask = self._decoder_mask(segments_BL, tokens_mask_BL)
         context = None
         for i, layer in enumerate(self.decoder_layers):
-            if i == self.config.split_layer and neighbors_BCKR is not None:
-                assert neighbors_mask_BCKR is not None
-                x_BLD, y_BLD = layer.attention_half(x_BLD, table, mask_BLL)
-                context = self._neighbor_context(
-                    y_BLD, tokens_mask_BL, segments_BL, neighbors_BCKR, neighbors_mask_BCKR
-                )
+            if i == self.config.split_layer:
+                x_BLD, y_BLD = layer.attention_half(x_BLD, table, mask)
+                if embedded_BCKRD is not None and neighbors_mask_BCKR is not None:
+                    context = self._neighbor_context(
+                        y_BLD, tokens_mask_BL, segments_BL, embedded_BCKRD, neighbors_mask_BCKR
+                    )
                 x_BLD = layer.feed_forward_half(x_BLD, y_BLD, context)
-            elif i == self.config.split_layer:
-                x_BLD = layer.feed_forward_half(*layer.attention_half(x_BLD, table, mask_BLL), None)
             else:
-                x_BLD = layer(x_BLD, table, mask_BLL, context)
+                x_BLD = layer(x_BLD, table, mask, context)
         hidden_BLD = self.final_layernorm(x_BLD)
+        embedding_VD = self.word_embeddings.weight
         if labels_BL is None or loss_mask_BL is None:
-            return F.linear(hidden_BLD, self.word_embeddings.weight, self.head_bias)
-        logits_nV = F.linear(hidden_BLD[loss_mask_BL], self.word_embeddings.weight, self.head_bias)
-        return F.cross_entropy(logits_nV.float(), labels_BL[loss_mask_BL], reduction="none")
+            return self.head(hidden_BLD, embedding_VD)
+        return self.head.losses(hidden_BLD[loss_mask_BL], embedding_VD, labels_BL[loss_mask_BL])
+
+    def _embed(
+        self, tokens_BL: Tensor, neighbors_BCKR: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] and [B, C, K, R, D], of one look-up."""
+        given = [tokens_BL] if neighbors_BCKR is None else [tokens_BL, neighbors_BCKR]
+        flat = self.word_embeddings(torch.cat([ids.flatten() for ids in given]))
+        flat = F.dropout(flat, self.config.hidden_dropout, self.training)
+        parts = flat.split([ids.numel() for ids in given])
+        tokens, *neighbors = (x.view(*i.shape, -1) for x, i in zip(parts, given, strict=True))
+        return tokens, neighbors[0] if neighbors else None
+
+    def _decoder_mask(self, segments_BL: Tensor, tokens_mask_BL: Tensor) -> Mask | BlockMask:
+        """Of causal self-attention; by blocks on CUDA, where attention_dropout allows it."""
+        if not self.config.reset_attention_mask:
+            segments_BL = torch.zeros_like(segments_BL)
+        if segments_BL.is_cuda and not (self.training and self.config.attention_dropout):
+            return block_mask(segments_BL, tokens_mask_BL)
+        return Mask.of(causal_mask(segments_BL, tokens_mask_BL))
 
     def _check_neighbors(
         self, tokens_BL: Tensor, neighbors_BCKR: Tensor, neighbors_mask_BCKR: Tensor | None
@@ -146,7 +172,7 @@ class Retro(nn.Module):
         y_BLD: Tensor,
         tokens_mask_BL: Tensor,
         segments_BL: Tensor,
-        neighbors_BCKR: Tensor,
+        neighbors_BCKRD: Tensor,
         neighbors_mask_BCKR: Tensor,
     ) -> Context:
         """Runs the encoder on the neighbors of all whole chunks; what chunked cross-attention
@@ -156,7 +182,7 @@ class Retro(nn.Module):
         assert self.encoder is not None
         mask_NKR = neighbors_mask_BCKR.flatten(0, 1)
         encoded_NKRD = self.encoder(
-            self.word_embeddings(neighbors_BCKR.flatten(0, 1)),
+            neighbors_BCKRD.flatten(0, 1),
             mask_NKR,
             y_BLD[:, : chunks * m].unflatten(1, (chunks, m)).flatten(0, 1),
             tokens_mask_BL[:, : chunks * m].unflatten(1, (chunks, m)).flatten(0, 1),
@@ -169,7 +195,7 @@ class Retro(nn.Module):
             )
         return Context(
             states_NTD=encoded_NKRD.flatten(1, 2),
-            mask_NQT=query_mask_NM[:, :, None] & mask_NKR.flatten(1)[:, None, :],
+            mask=Mask.of(query_mask_NM[:, :, None] & mask_NKR.flatten(1)[:, None, :]),
             query_table=self._table(torch.arange(m, device=y_BLD.device)),
             key_table=self._table(self._neighbor_positions(mask_NKR.shape[1], y_BLD.device)),
         )
@@ -181,7 +207,7 @@ class Retro(nn.Module):
         return (torch.arange(2 * m, device=device) + first).repeat(neighbors)
 
     def _table(self, positions: Tensor) -> Table:
-        return rotary_table(positions, self.config.rotary_dim, self.config.rotary_base)
+        return rotary_table(positions, self.config.rotary_dim, self.config.rope_theta)
 
 
 def document_segments(tokens_BL: Tensor, eod_id: int) -> Tensor:

@@ -24,4 +24,5 @@ def rotate(x: Tensor, table: Table) -> Tensor:
     cos, sin = (part.to(x.dtype) for part in table)
     half = cos.shape[-1]
     u, v, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([u * cos - v * sin, v * cos + u * sin, rest], dim=-1)
+    turned = [u * cos - v * sin, v * cos + u * sin]
+    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)

@@ -5,7 +5,7 @@ The KNN map is keyed by chunk, so it serves any sequence length, order or batch.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -151,17 +151,24 @@ class NeighborReader:
     """The neighbors of a dataset's chunks: ids from the KNN map, tokens from the retrieval
     dataset."""
 
-    def __init__(
-        self, dataset: Dataset, built_map: BuiltMap, retrieval: Dataset, neighbors: int
-    ) -> None:
+    def __init__(self, knn_map: KNNMap, retrieval: Dataset, neighbors: int) -> None:
+        if not 1 <= neighbors <= knn_map.k:
+            raise SampleError(f"neighbors is {neighbors}; the KNN map holds {knn_map.k} a chunk")
+        self.map, self.retrieval, self.neighbors = knn_map, retrieval, neighbors
+
+    @classmethod
+    def open(
+        cls, dataset: Dataset, built_map: BuiltMap, retrieval: Dataset, neighbors: int
+    ) -> Self:
+        """The neighbors that a finished map holds for a dataset's chunks.
+
+        Raises:
+            StorageError: the map was made for other datasets, or held-out documents are in the
+                retrieval dataset.
+        """
         built_map.check_parents(dataset, retrieval)
         check_no_leak(dataset, retrieval)
-        self.map: KNNMap = built_map.load()
-        if not 1 <= neighbors <= self.map.k:
-            raise SampleError(
-                f"neighbors is {neighbors}; the map {built_map.url} holds {self.map.k} a chunk"
-            )
-        self.retrieval, self.neighbors = retrieval, neighbors
+        return cls(built_map.load(), retrieval, neighbors)
 
     def candidates(self, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """[B, C, k] ids to choose from, best first."""

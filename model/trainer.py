@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from model.checkpoint import latest_checkpoint, resume, save_checkpoint
 from model.evaluation import LossSums, batches_of, loss_sums, token_losses
+from model.initialization import generator_seed
 from model.metrics import MetricsLog
-from model.optimizer import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from model.optimizer import OptimConfig, learning_rate, set_learning_rate
 from model.parallel import all_reduce_sum
 from model.retro import Retro
 from model.sampler import sample_ids
@@ -80,6 +81,7 @@ class Trainer:
         self,
         config: TrainerConfig,
         optim: OptimConfig,
+        optimizer: torch.optim.Optimizer,
         model: Retro,
         mesh: DeviceMesh,
         train: SampleReader,
@@ -95,7 +97,7 @@ class Trainer:
         # Gradients through sharp attention become denormal numbers, which CPUs compute many times
         # more slowly.
         torch.set_flush_denormal(True)
-        self.optimizer = build_optimizer(optim, model)
+        self.optimizer = optimizer
         self.max_steps = config.max_steps
         self.step = 0
         self.tokens = 0
@@ -181,8 +183,11 @@ class Trainer:
         log.info("%d steps fit into %.1f minutes", self.max_steps, self.config.max_minutes)
 
     def train_step(self) -> dict[str, float]:
-        """Forward, backward and update on the next global_batch_size samples."""
+        """Forward, backward and update on the next global_batch_size samples. Dropout depends on
+        the seed, the step and the rank alone."""
+        config = self.config
         self.model.train()
+        torch.manual_seed(generator_seed(config.seed, f"step {self.step} rank {self.rank}"))
         lr = learning_rate(self.optim, self.step, self.max_steps)
         set_learning_rate(self.optimizer, lr)
         batches = [batch.to(self.device) for batch in self._micro_batches()]

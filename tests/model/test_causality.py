@@ -56,9 +56,11 @@ def dependencies(model, tokens, neighbors, mask):
     for t in range(tokens.shape[1]):
         wanted = torch.randn(VOCABULARY, dtype=torch.float64)
         grads = torch.autograd.grad((logits[0, t] * wanted).sum(), embedded, retain_graph=True)
-        on_tokens = set(grads[0][0].abs().sum(-1).nonzero()[:, 0].tolist())
-        touched = grads[1].view(*neighbors.shape, -1).abs().sum(-1)[0].nonzero()
-        found.append((on_tokens, {tuple(place) for place in touched.tolist()}))
+        touched = grads[0].abs().sum(-1) > 0
+        of_tokens, of_neighbors = touched.split([tokens.numel(), neighbors.numel()])
+        on_tokens = set(of_tokens.nonzero()[:, 0].tolist())
+        places = of_neighbors.view(neighbors.shape)[0].nonzero()
+        found.append((on_tokens, {tuple(place) for place in places.tolist()}))
     return found
 
 

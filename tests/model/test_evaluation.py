@@ -13,7 +13,7 @@ from model.samples import NeighborReader, SampleReader
 @pytest.fixture(scope="module")
 def reader(data):
     return SampleReader(
-        data.training, 64, NeighborReader(data.training, data.map, data.retrieval, 2)
+        data.training, 64, NeighborReader.open(data.training, data.map, data.retrieval, 2)
     )
 
 

@@ -51,7 +51,7 @@ def test_each_token_is_the_models_choice_given_all_neighbors_so_far():
 def test_generation_ends_with_the_document():
     model = tiny()
     with torch.no_grad():
-        model.head_bias[EOD] = 1e6
+        model.head.bias[EOD] = 1e6
     assert generate(model, PROMPT, GenerateConfig(), None).tokens == [*PROMPT, EOD]
 
 

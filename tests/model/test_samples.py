@@ -16,7 +16,7 @@ LENGTH = 64
 @pytest.fixture
 def reader(data):
     return SampleReader(
-        data.training, LENGTH, NeighborReader(data.training, data.map, data.retrieval, 2)
+        data.training, LENGTH, NeighborReader.open(data.training, data.map, data.retrieval, 2)
     )
 
 
@@ -71,7 +71,7 @@ def test_neighbors_are_the_first_allowed_of_the_row_and_missing_ones_are_masked(
 
 def test_random_neighbors_are_others_and_as_many(data, reader):
     assert reader.retrieval is not None
-    random = RandomNeighborReader(data.training, data.map, data.retrieval, 2)
+    random = RandomNeighborReader.open(data.training, data.map, data.retrieval, 2)
     ids = np.arange(data.training.num_chunks)[None]
     mapped, drawn = reader.retrieval.candidates(ids), random.candidates(ids)
     assert np.array_equal(mapped < 0, drawn < 0)
@@ -81,9 +81,9 @@ def test_random_neighbors_are_others_and_as_many(data, reader):
 
 def test_maps_and_lengths_that_do_not_fit_are_refused(data):
     with pytest.raises(StorageError, match=data.training.manifest.fingerprint):
-        NeighborReader(data.retrieval, data.map, data.retrieval, 2)
+        NeighborReader.open(data.retrieval, data.map, data.retrieval, 2)
     with pytest.raises(SampleError, match="holds 4"):
-        NeighborReader(data.training, data.map, data.retrieval, 5)
+        NeighborReader.open(data.training, data.map, data.retrieval, 5)
     with pytest.raises(SampleError, match="not a multiple"):
         SampleReader(data.training, LENGTH + 1)
     with pytest.raises(SampleError, match="retrieval dataset"):

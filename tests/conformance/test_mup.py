@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
@@ -36,7 +35,7 @@ def case(request):
         )
         for width in ("base", "delta", "target")
     )
-    shapes = base_shapes(replace(base, dec_num_layers=3), delta)
+    shapes = base_shapes(base, delta)
     model = meta_model(with_mup(target, shapes))
     return spec, shapes, model, width_scales(model, shapes)
 

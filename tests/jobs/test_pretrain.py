@@ -5,12 +5,16 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from jobs import mup_shapes
+from jobs.mup_shapes import MupShapesConfig
 from model.checkpoint import load_model
+from model.config import ModelConfig
 from model.retro import is_retrieval_parameter
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -114,6 +118,30 @@ def test_fitting_retrieval_leaves_the_decoder_as_it_was(data, tmp_path):
     assert torch.equal(plain(tokens, mask), retro(tokens, mask))
     new = dict(retro.named_parameters())["layers.1.feed_forward_half.cross_attention.query.bias"]
     assert new.any()
+
+
+def test_a_modern_model_under_muP_trains_sharded_as_whole_and_resumes(data, tmp_path):
+    shapes = tmp_path / "shapes.bsh"
+    modern = {"normalization": "rmsnorm", "activation": "swiglu", "bias": False}
+    widths = {"hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 1}
+    base = ModelConfig(**modern, **widths, cross_attention_gate=True)
+    delta = replace(base, hidden_size=8, ffn_hidden_size=16, kv_channels=8)
+    base_job = MupShapesConfig(str(shapes), replace(base, kv_channels=16), delta)
+    mup_shapes.run(base_job)
+    options = [f"--model.{k}={str(v).lower()}" for k, v in modern.items()]
+    options += ["--model.cross_attention_gate=true", f"--shape_file={shapes}"]
+    options += ["--optim.name=muadamw", "--model.hidden_dropout=0.1"]
+    chosen = retrieval_options(data, *options)
+    pretrain(tmp_path / "whole", data, 2, *chosen)
+    pretrain(tmp_path / "parts", data, 2, *chosen)
+    (tmp_path / "parts" / "checkpoints" / f"step-{STEPS:08d}.json").unlink()
+    pretrain(tmp_path / "parts", data, 2, *chosen)
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole == parts
+    model = load_model(str(tmp_path / "whole"))
+    assert model.config.output_width_mult == 2
+    gate = dict(model.named_parameters())["layers.1.feed_forward_half.cross_attention.gate"]
+    assert gate.abs() > 0
 
 
 def test_a_rank_ends_though_its_launcher_died_while_it_imported(data, tmp_path):

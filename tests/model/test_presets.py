@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
+from jobs.pretrain import PretrainConfig
 from model.config import ModelConfig, RetroConfig
 from model.flops import training_flops
 from model.mup import meta_model
@@ -27,6 +29,17 @@ def sizes(name, vocab_size):
     counts = {n: p.numel() for n, p in meta_model(config).named_parameters()}
     plain = sum(count for n, count in counts.items() if not is_retrieval_parameter(n))
     return plain, sum(counts.values())
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_is_a_configuration_of_the_training_job(path):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(PretrainConfig, as_group=False)
+    given = ["--config", str(path), "--output_url=run", "--data.train_url=data"]
+    parsed = parser.parse_args([*given, "--optim.lr=0.5"])
+    assert parsed.model.hidden_size == load(path.stem)[0].hidden_size
+    assert (parsed.optim.lr, parsed.output_url) == (0.5, "run")
 
 
 @pytest.mark.parametrize(

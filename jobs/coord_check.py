@@ -21,7 +21,7 @@ class CoordCheckConfig:
         model: The narrowest model; its hidden_size is the base width.
         widths: Multiples of its hidden_size that are tried.
         steps: Training steps of each model.
-        lr: Learning rate; large, so that what grows is seen soon.
+        lr: Learning rate of every step.
         seed: Of initial weights and the made-up batch.
     """
 
@@ -33,11 +33,12 @@ class CoordCheckConfig:
             num_attention_heads=2,
             dec_num_layers=3,
             dec_cross_attention=(1, 2),
+            init_method_std=0.1,
         )
     )
     widths: tuple[int, ...] = (1, 2, 4, 8)
     steps: int = 5
-    lr: float = 0.01
+    lr: float = 0.002
     seed: int = 0
 
 

@@ -180,9 +180,11 @@ def test_optimizers_and_shape_files_go_together(name, has_shapes):
 
 def test_activations_are_flat_under_muP_and_grow_without():
     model = coord_check_job.CoordCheckConfig("").model
-    exponents = growth(check(model, [64, 128, 256, 512], steps=4, lr=0.01, seed=0))
-    assert max(exponents["mup"].values()) < 0.2
-    assert max(exponents["sp"].values()) > 0.6
+    exponents = growth(check(model, [64, 128, 256, 512], steps=4, lr=0.002, seed=0))
+    # The logits of initial weights fall with width under muP; what training adds does not.
+    assert exponents["mup"].pop("head") < 0.1
+    assert max(map(abs, exponents["mup"].values())) < 0.25
+    assert max(exponents["sp"].values()) > 0.9
 
 
 def test_the_coordinate_check_job_writes_table_and_plot(tmp_path):

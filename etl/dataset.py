@@ -158,6 +158,24 @@ class Dataset:
             keys[where, 0], keys[where, 1] = rows["content_hash"][:, 0], rows["cluster"]
         return keys.reshape(*ids.shape, 2)
 
+    def chunk_spans(self, document_keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """[N, 2] first chunk id, and last + 1, of a document with each key [N]; 0, 0 if there is
+        none."""
+        keys, numbers = self._documents_by_key
+        places = np.minimum(np.searchsorted(keys, document_keys), max(0, len(keys) - 1))
+        first = self.document_first_chunk
+        spans = np.zeros((len(document_keys), 2), np.int64)
+        if len(keys):
+            known = keys[places] == document_keys
+            documents = numbers[places[known]]
+            spans[known, 0], spans[known, 1] = first[documents], first[documents + 1]
+        return spans
+
+    @cached_property
+    def _documents_by_key(self) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+        order = np.argsort(self.document_keys)
+        return self.document_keys[order], order
+
     def is_all_pad(self, chunk_ids: ArrayLike) -> NDArray[np.bool_]:
         """Whether each chunk [N] holds nothing but pads."""
         return (self.get_chunk(chunk_ids, continuation=False) == self.manifest.pad_id).all(axis=1)

@@ -91,8 +91,8 @@ class ShardSearcher:
         self.total = sum(shard.total for shard in shards)
         self.score_error = shards[0].score_error
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
-        parts = [shard.search(queries, k) for shard in self._shards]
+    def search(self, queries: NDArray[np.float32], k: int, skip: range | None = None) -> Found:
+        parts = [shard.search(queries, k, skip) for shard in self._shards]
         ids, scores = best_of([(ids, scores) for scores, ids in parts])
         return scores, ids
 

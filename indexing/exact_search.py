@@ -17,12 +17,14 @@ class BlockSearcher:
         self._embeddings, self.total = embeddings, stop
         self.score_error: float | None = ROUNDING
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
+    def search(self, queries: NDArray[np.float32], k: int, skip: range | None = None) -> Found:
         """(scores, ids), both [N, k], best first; id -1 and score -inf where there are fewer."""
         heap = faiss.ResultHeap(len(queries), k, keep_max=True)
         heap.I[:] = -1
         for first, block in self._embeddings.slices(0, self.total):
             kept = np.flatnonzero(np.any(block != 0, axis=1))
+            if skip is not None:
+                kept = kept[(kept + first < skip.start) | (kept + first >= skip.stop)]
             if len(kept):
                 vectors, many = block[kept].astype(np.float32), min(k, len(kept))
                 scores, rows = faiss.knn(queries, vectors, many, faiss.METRIC_INNER_PRODUCT)

@@ -68,7 +68,7 @@ class TorchSearcher:
         return Block(ids.to(self._device, non_blocking=True), moved, len(kept))
 
     def search(
-        self, queries: NDArray[np.float32], k: int
+        self, queries: NDArray[np.float32], k: int, skip: range | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(scores, ids), both [N, k], best first; id -1 and score -inf where there are fewer."""
         parts = torch.from_numpy(np.ascontiguousarray(queries)).split(_QUERIES)
@@ -78,6 +78,9 @@ class TorchSearcher:
             for i, part in enumerate(asked):
                 scores = part @ block.vectors.T
                 scores[:, block.count :] = -torch.inf
+                if skip is not None:
+                    unwanted = (block.ids >= skip.start) & (block.ids < skip.stop)
+                    scores[:, unwanted] = -torch.inf
                 found, places = _top(scores, k)
                 best[i] = _merged(best[i], found, block.ids[places], k)
         scores, ids = (torch.cat(column).cpu() for column in zip(*best, strict=True))

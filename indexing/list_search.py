@@ -22,17 +22,21 @@ _SCORE_LIMIT = 1 << 25
 
 
 def search_by_list(
-    lists: InvertedLists, queries: NDArray[np.float32], nprobe: int, k: int
+    lists: InvertedLists,
+    queries: NDArray[np.float32],
+    nprobe: int,
+    k: int,
+    skip: range | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(scores, ids), both [N, k], best first by inner product with the decoded vectors, exact to
-    about 1e-3; id -1 where the visited lists hold fewer than k."""
+    about 1e-3; id -1 where the visited lists hold fewer than k. Ids in `skip` are left out."""
     visited = lists.assign(queries, nprobe)
     units = in_units(queries)
     edges = [0, *(edge for edge in _PHASES if edge < visited.shape[1]), visited.shape[1]]
     hits: Hits = (np.empty(0, np.intp), np.empty(0, np.float32), np.empty(0, np.int64))
     floor = np.full(len(queries), -np.inf, np.float32)
     for start, stop in pairwise(edges):
-        found = list(_visit(lists, units, visited[:, start:stop], floor, k))
+        found = list(_visit(lists, units, visited[:, start:stop], floor, k, skip))
         hits = _best([hits, *found], len(queries), k)
         floor = _kth(hits, len(queries), k)
     return _table(hits, len(queries), k)
@@ -44,6 +48,7 @@ def _visit(
     visited: NDArray[np.int64],
     floor: NDArray[np.float32],
     k: int,
+    skip: range | None,
 ) -> Iterator[Hits]:
     """(query numbers, scores, ids) of the vectors of the visited lists that reach their query's
     floor, and can be among its k best."""
@@ -52,6 +57,9 @@ def _visit(
     limits = np.searchsorted(visited.ravel()[order], np.arange(lists.num_lists + 1))
     for number in np.flatnonzero(np.diff(limits)):
         ids, vectors = lists.read(int(number))
+        if skip is not None:
+            wanted = (ids < skip.start) | (ids >= skip.stop)
+            ids, vectors = ids[wanted], vectors[wanted]
         if len(ids) == 0:
             continue
         units = in_units(vectors).T

@@ -21,9 +21,7 @@ from indexing import faiss_index, knn_map
 from indexing.built_index import open_index
 from indexing.embeddings import Embeddings, EmbedTask, covering_blocks, num_blocks
 from indexing.knn_manifest import NAME
-from indexing.neighbors import NeighborFinder, best_of
-
-Block = tuple[NDArray[np.int64], NDArray[np.float64]]
+from indexing.neighbors import Block, NeighborFinder, best_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ def neighbor_finder(
     process."""
     built, retrieval = open_index(index_url), Dataset(retrieval_url)
     searcher = built.searcher(nprobe, device, index_shard)
-    return NeighborFinder(searcher, built.embeddings.rows, retrieval.chunk_keys, margin)
+    keys, spans = retrieval.chunk_keys, retrieval.chunk_spans
+    return NeighborFinder(searcher, built.embeddings.rows, keys, margin, spans)
 
 
 def search(task: MapTask, number: int) -> dict[str, Any]:

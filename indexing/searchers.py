@@ -32,8 +32,13 @@ class IndexSearcher:
         self.total: int = index.ntotal
         self.score_error = ROUNDING if _stores_vectors(index) else None
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
-        scores, ids = self._index.search(np.ascontiguousarray(queries), k, params=self._parameters)
+    def search(self, queries: NDArray[np.float32], k: int, skip: range | None = None) -> Found:
+        parameters = self._parameters
+        if skip is not None and self.score_error is not None:
+            make: Any = faiss.SearchParameters
+            unwanted = faiss.IDSelectorRange(skip.start, skip.stop)
+            parameters = make(sel=faiss.IDSelectorNot(unwanted))
+        scores, ids = self._index.search(np.ascontiguousarray(queries), k, params=parameters)
         return _as_products(self._index.metric_type, scores, ids), ids
 
 
@@ -54,9 +59,9 @@ class ListSearcher:
         self.lists, self.nprobe = lists, min(nprobe, lists.num_lists)
         self.total: int = lists.ivf.ntotal
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
+    def search(self, queries: NDArray[np.float32], k: int, skip: range | None = None) -> Found:
         if self.lists.can_decode:
-            return search_by_list(self.lists, queries, self.nprobe, k)
+            return search_by_list(self.lists, queries, self.nprobe, k, skip)
         visited = self.lists.assign(queries, self.nprobe)
         scores, ids = self.lists.search(queries, visited, k)
         return _as_products(self.lists.ivf.metric_type, scores, ids), ids

@@ -94,6 +94,27 @@ def test_own_document_is_never_a_neighbor_and_rows_are_full_all_the_same(built, 
     assert (found[~pads] >= 0).all()  # margin 2 is far too small for the long document
 
 
+def test_spans_of_documents_are_found_by_key(corpus):
+    retrieval = corpus.retrieval
+    keys = np.append(retrieval.document_keys[::-1], np.uint64(12345))
+    spans = retrieval.chunk_spans(keys)
+    assert spans[-1].tolist() == [0, 0]
+    first = retrieval.document_first_chunk
+    np.testing.assert_array_equal(spans[:-1], np.stack([first[:-1], first[1:]], axis=1)[::-1])
+
+
+def test_a_long_document_is_left_out_of_its_own_search_and_that_changes_nothing(
+    search_task, corpus, built, monkeypatch
+):
+    monkeypatch.setattr("indexing.neighbors._LONG", 1)
+    folder = StageFolder(f"{corpus.folder}/map-long")
+    task = replace(search_task, folder=folder, total_shards=1)
+    map_build.search(task, 0)
+    map_build.merge(task)
+    found = open_map(folder.url).load().get(np.arange(corpus.training.num_chunks))
+    np.testing.assert_array_equal(found, rows(built, corpus))
+
+
 def test_chunks_of_pads_have_no_neighbors_and_are_nobodys(built, corpus):
     found = rows(built, corpus)
     pads = without_text(corpus)

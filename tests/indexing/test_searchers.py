@@ -111,6 +111,47 @@ def test_of_many_equal_vectors_in_a_list_the_first_ids_are_found(tmp_path, monke
     np.testing.assert_array_equal(search_by_list(InvertedLists(index), queries, 2, 10)[1], ids)
 
 
+def flat(embeddings, count):
+    index = faiss_index.train_index("Flat", "inner_product", embeddings, count, count, 0)
+    faiss_index.add_rows(index, embeddings, 0, count)
+    return IndexSearcher(index)
+
+
+def all_lists(embeddings, count):
+    index = faiss_index.train_index("IVF4,Flat", "inner_product", embeddings, count, count, 0)
+    faiss_index.add_rows(index, embeddings, 0, count)
+    searcher = ListSearcher(InvertedLists(index), 4)
+    searcher.score_error = 1e-3
+    return searcher
+
+
+@pytest.mark.parametrize("knows_spans", [True, False])
+@pytest.mark.parametrize(
+    "kind", [BlockSearcher, lambda *a: TorchSearcher(*a, "cpu"), flat, all_lists]
+)
+def test_neighbors_among_many_equal_vectors_and_beside_a_long_document_are_exact(
+    tmp_path, kind, knows_spans
+):
+    """Vectors 0..1999 are 5 vectors 400 times each, then comes a document of 1500 chunks."""
+    vectors = made_up_vectors(1506, seed=1)[6:]
+    vectors = np.concatenate([np.repeat(vectors[:5], 400, axis=0), vectors[:1500]])
+    embeddings = store_embeddings(tmp_path, vectors)
+    long = np.arange(len(vectors)) >= 2000
+    owner = np.where(long, 2000, np.arange(len(vectors))).astype(np.uint64)
+    own = lambda i: np.stack([owner[i]] * 2, -1)
+    spans = lambda k: np.where((k == 2000)[:, None], [2000, 3500], [0, 0])
+    searcher = kind(embeddings, len(vectors))
+    finder = NeighborFinder(searcher, embeddings.rows, own, 4, spans if knows_spans else None)
+    queries = np.asarray([3, 700, 1999, 2000, 2600, 3400])
+    found, scores = finder.find(vectors[queries], K, finder.keys(queries))
+    for query, ids, own_scores in zip(queries, found, scores, strict=True):
+        exact = vectors.astype(np.float64) @ vectors[query].astype(np.float64)
+        exact[(owner == owner[query]) | ~vectors.any(axis=1)] = -np.inf
+        expected = np.lexsort((np.arange(len(vectors)), -exact))[:K]
+        np.testing.assert_array_equal(ids, expected)
+        np.testing.assert_array_equal(own_scores, exact[expected])
+
+
 @pytest.mark.parametrize("factory", ["IVF16,SQ8", "IVF16,RaBitQ", "IVF16,PQ8x4"])
 def test_a_query_finds_the_same_in_any_batch(embeddings, vectors, factory):
     searcher = ListSearcher(InvertedLists(build(embeddings, factory)), 4)

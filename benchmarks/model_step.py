@@ -11,7 +11,6 @@ and absolute positions beside rotary ones; otherwise the shapes are the same. Th
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -133,13 +132,19 @@ def peak_bytes(side: str, arguments: argparse.Namespace) -> int:
 
 
 def measure_peak(arguments: argparse.Namespace) -> int:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    before = resident_peak()
     step = SIDES[arguments.side](arguments)
     step()
     step()
     if arguments.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
+    return resident_peak() - before
+
+
+def resident_peak() -> int:
+    """Most bytes that were resident; what getrusage says includes what the parent process had."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 def main() -> None:
@@ -151,7 +156,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--neighbors", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", choices=list(SIDES), help="only print its peak memory")

@@ -19,20 +19,28 @@ from model.rotary import Table, rotate
 @dataclass(frozen=True)
 class Mask:
     """Which keys each query may see. A query that may see none is let see all, and its result is
-    set to zero.
+    set to zero. Made once for all layers.
 
     Attributes:
-        allowed_B1QT: True where a query may see a key; Q and T may be 1 for all.
-        has_key_B1Q1: False for queries that see none.
+        added_B1QT: What is added to scores, 0 or -inf; Q may be 1 for all; None: nothing.
+        has_key_B1Q1: 0 for queries that see none, else 1; None: there are no such queries.
+        is_causal: Nothing is hidden but what comes later.
     """
 
-    allowed_B1QT: Tensor
-    has_key_B1Q1: Tensor
+    added_B1QT: Tensor | None = None
+    has_key_B1Q1: Tensor | None = None
+    is_causal: bool = False
 
     @staticmethod
-    def of(mask_BQT: Tensor) -> "Mask":
+    def of(mask_BQT: Tensor, dtype: torch.dtype) -> "Mask":
+        """Of a table that is True where a query may see a key, for states of a dtype."""
         has_key_B1Q1 = mask_BQT.any(dim=-1, keepdim=True)[:, None]
-        return Mask(mask_BQT[:, None] | ~has_key_B1Q1, has_key_B1Q1)
+        hidden = ~mask_BQT[:, None] & has_key_B1Q1
+        added = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        added.masked_fill_(hidden, -torch.inf)
+        # Asking is free on a CPU; a GPU would have to be waited for.
+        is_full = mask_BQT.device.type == "cpu" and bool(has_key_B1Q1.all())
+        return Mask(added, None if is_full else has_key_B1Q1.to(dtype))
 
 
 def attend(
@@ -52,12 +60,13 @@ def attend(
         q_BHQP,
         k_BGTP,
         v_BGTP,
-        attn_mask=mask.allowed_B1QT,
+        attn_mask=mask.added_B1QT,
         dropout_p=drop,
+        is_causal=mask.is_causal,
         scale=scale,
         enable_gqa=is_grouped,
     )
-    return out_BHQP * mask.has_key_B1Q1.to(out_BHQP.dtype)
+    return out_BHQP if mask.has_key_B1Q1 is None else out_BHQP * mask.has_key_B1Q1
 
 
 class _Attention(nn.Module):

@@ -48,10 +48,11 @@ class NeighborEncoder(nn.Module):
         of the decoder's width), and which tokens of both are no pads. Pads are no keys; what they
         become as queries is not read by anything."""
         table = self._table(x_NKRD.shape[2], x_NKRD.device)
-        self_mask = Mask.of(mask_NKR.flatten(0, 1)[:, None])
+        dtype = x_NKRD.dtype
+        self_mask = Mask.of(mask_NKR.flatten(0, 1)[:, None], dtype)
         context = Context(
             states_NTD=chunk_NMD,
-            mask=Mask.of(chunk_mask_NM[:, None]),
+            mask=Mask.of(chunk_mask_NM[:, None], dtype),
             query_table=tuple(part.repeat(x_NKRD.shape[1], 1) for part in table),  # type: ignore[arg-type]
             key_table=self._table(chunk_NMD.shape[1], x_NKRD.device),
         )
@@ -115,7 +116,7 @@ class Retro(nn.Module):
         x_BLD, embedded_BCKRD = self._embed(tokens_BL, neighbors_BCKR)
         table = self._table(torch.arange(tokens_BL.shape[1], device=tokens_BL.device))
         segments_BL = document_segments(tokens_BL, self.config.eod_id)
-        mask = self._decoder_mask(segments_BL, tokens_mask_BL)
+        mask = self._decoder_mask(segments_BL, tokens_mask_BL, x_BLD.dtype)
         context = None
         for i, layer in enumerate(self.decoder_layers):
             if i == self.config.split_layer:
@@ -144,13 +145,18 @@ class Retro(nn.Module):
         tokens, *neighbors = (x.view(*i.shape, -1) for x, i in zip(parts, given, strict=True))
         return tokens, neighbors[0] if neighbors else None
 
-    def _decoder_mask(self, segments_BL: Tensor, tokens_mask_BL: Tensor) -> Mask | BlockMask:
-        """Of causal self-attention; by blocks on CUDA, where attention_dropout allows it."""
+    def _decoder_mask(
+        self, segments_BL: Tensor, tokens_mask_BL: Tensor, dtype: torch.dtype
+    ) -> Mask | BlockMask:
+        """Of causal self-attention; by blocks on CUDA, where attention_dropout allows it. On a CPU,
+        samples of one document without pads need no table of pairs."""
         if not self.config.reset_attention_mask:
             segments_BL = torch.zeros_like(segments_BL)
         if segments_BL.is_cuda and not (self.training and self.config.attention_dropout):
             return block_mask(segments_BL, tokens_mask_BL)
-        return Mask.of(causal_mask(segments_BL, tokens_mask_BL))
+        if not tokens_mask_BL.is_cuda and tokens_mask_BL.all() and not segments_BL.any():
+            return Mask(is_causal=True)
+        return Mask.of(causal_mask(segments_BL, tokens_mask_BL), dtype)
 
     def _check_neighbors(
         self, tokens_BL: Tensor, neighbors_BCKR: Tensor, neighbors_mask_BCKR: Tensor | None
@@ -195,7 +201,7 @@ class Retro(nn.Module):
             )
         return Context(
             states_NTD=encoded_NKRD.flatten(1, 2),
-            mask=Mask.of(query_mask_NM[:, :, None] & mask_NKR.flatten(1)[:, None, :]),
+            mask=Mask.of(query_mask_NM[:, :, None] & mask_NKR.flatten(1)[:, None, :], y_BLD.dtype),
             query_table=self._table(torch.arange(m, device=y_BLD.device)),
             key_table=self._table(self._neighbor_positions(mask_NKR.shape[1], y_BLD.device)),
         )

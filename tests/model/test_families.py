@@ -175,7 +175,7 @@ def test_attention_by_blocks_is_attention_by_table(groups):
     segments, real = document_segments(tokens, EOD), tokens != PAD
     q = torch.randn(2, 4, length, 16)
     k, v = torch.randn(2, 2, groups, length, 16).unbind(0)
-    by_table = attend(q, k, v, Mask.of(causal_mask(segments, real)), 0.3, 0.0)
+    by_table = attend(q, k, v, Mask.of(causal_mask(segments, real), q.dtype), 0.3, 0.0)
     by_blocks = attend_blocks(q, k, v, block_mask(segments, real), 0.3, groups != 4)
     torch.testing.assert_close(by_blocks, by_table, atol=2e-6, rtol=2e-5)
 

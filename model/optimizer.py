@@ -59,7 +59,8 @@ def build_optimizer(
         for (lr_mult, decay), params in groups.items()
     ]
     optimizer = Adam if config.name == "muadam" else AdamW
-    return optimizer(options, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2))
+    betas = (config.adam_beta1, config.adam_beta2)
+    return optimizer(options, lr=config.lr, betas=betas, fused=True)
 
 
 def check_name(config: OptimConfig, scales: WidthScales | None) -> None:

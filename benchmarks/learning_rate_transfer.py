@@ -100,6 +100,7 @@ def main() -> None:
         num_attention_heads=arguments.widths[0] // 32,
         dec_num_layers=2,
         dec_cross_attention=(),
+        init_method_std=0.1,
     )
     known = {"vocab_size": dataset.manifest.vocab_size, "eod_id": dataset.manifest.eod_id}
     known |= {"chunk_size": dataset.chunk_size}

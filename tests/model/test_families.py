@@ -12,7 +12,17 @@ from model.block_attention import attend_blocks, block_mask
 from model.config import ConfigError, RetroConfig
 from model.initialization import initialize, start_retrieval_from_decoder
 from model.retro import Retro, causal_mask, document_segments
-from tests.model.test_causality import EOD, PAD, VOCABULARY, K, M, sample, tiny
+from tests.model.test_causality import (
+    EOD,
+    PAD,
+    VOCABULARY,
+    K,
+    M,
+    definition,
+    dependencies,
+    sample,
+    tiny,
+)
 
 MODERN = {
     "normalization": "rmsnorm",
@@ -62,6 +72,16 @@ def test_chunked_cross_attention_is_the_paper_s_equations_token_by_token(family,
             weights = torch.softmax(keys @ query / sqrt(p), dim=0)
             heads[h] = sum(w * v[u, n, r, g] for w, (n, r) in zip(weights, pairs, strict=True))
         torch.testing.assert_close(attention.dense(heads.flatten()), seen["out"][0, t])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_dependencies_of_a_modern_decoder_are_exactly_the_definition(version):
+    torch.manual_seed(0)
+    tokens, neighbors, mask = sample(18)
+    found = dependencies(tiny(version=version, **MODERN), tokens, neighbors, mask)
+    expected = definition(tokens, mask, reset=True)
+    for t in (t for t in range(18) if tokens[0, t] != PAD):
+        assert found[t] == expected[t], f"position {t}"
 
 
 def turned(x, position, config):

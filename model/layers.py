@@ -103,8 +103,11 @@ class EncoderLayer(nn.Module):
         cross = CrossAttention(config, shape, other) if has_cross_attention else None
         self.feed_forward_half = FeedForwardHalf(config, shape, cross)
 
-    def forward(self, x_NKRD: Tensor, table: Table, mask: Mask, context: Context) -> Tensor:
-        fold = (-1, x_NKRD.shape[1])
-        x, y = self.attention_half(x_NKRD.flatten(0, 1), table, mask)
-        x, y = (part.unflatten(0, fold).flatten(1, 2) for part in (x, y))
-        return self.feed_forward_half(x, y, context).unflatten(1, (fold[1], -1))
+    def forward(
+        self, x_NQD: Tensor, neighbors: int, table: Table, mask: Mask, context: Context
+    ) -> Tensor:
+        """[N, Q, D] with the tokens of `neighbors` neighbors one after the other in Q."""
+        x = x_NQD.unflatten(1, (neighbors, -1)).flatten(0, 1)
+        x, y = self.attention_half(x, table, mask)
+        x, y = (part.unflatten(0, (-1, neighbors)).flatten(1, 2) for part in (x, y))
+        return self.feed_forward_half(x, y, context)

@@ -58,9 +58,11 @@ class NeighborEncoder(nn.Module):
         )
         if self.projection is not None:
             x_NKRD = self.projection(x_NKRD)
+        neighbors = x_NKRD.shape[1]
+        x_NQD = x_NKRD.flatten(1, 2)
         for layer in self.layers:
-            x_NKRD = layer(x_NKRD, table, self_mask, context)
-        return self.final_layernorm(x_NKRD)
+            x_NQD = layer(x_NQD, neighbors, table, self_mask, context)
+        return self.final_layernorm(x_NQD).unflatten(1, (neighbors, -1))
 
     def _table(self, length: int, device: torch.device) -> Table:
         return rotary_table(

@@ -103,7 +103,7 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         return _describe(config, model, train)
     with process_group(config.device) as mesh:
         logging.getLogger().setLevel(logging.INFO if mesh.get_rank() == 0 else logging.WARNING)
-        _claim_folder(config, model.config, train)
+        _claim_folder(config, shapes, train)
         neighbors = config.data.neighbors if train.retrieval else 0
         log.info("%s", flops.describe(model.config, config.data.seq_length, neighbors))
         _prepare_weights(config, model, scales)
@@ -182,7 +182,7 @@ def _model_config(
     return standard if shapes is None else with_mup(standard, shapes)
 
 
-def _claim_folder(config: PretrainConfig, model: RetroConfig, train: SampleReader) -> None:
+def _claim_folder(config: PretrainConfig, shapes: BaseShapes | None, train: SampleReader) -> None:
     """Records what determines the run; refuses a folder that holds a run of another
     configuration."""
     wanted = {
@@ -192,7 +192,7 @@ def _claim_folder(config: PretrainConfig, model: RetroConfig, train: SampleReade
         "neighbors": config.data.neighbors if train.retrieval else None,
         "trainable": config.trainable,
         "precision": config.precision,
-        "output_width_mult": model.output_width_mult,
+        "base_shapes": shapes,
         "training_fingerprint": train.dataset.manifest.fingerprint,
         "map_fingerprint": open_map(config.data.train_map_url).fingerprint
         if config.data.train_map_url

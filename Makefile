@@ -16,8 +16,9 @@ demo: $(READY)
 	$(BIN)/python -m jobs.demo $(if $(INPUT),--input_url "$(INPUT)") \
 	  $(if $(DEMO_MINUTES),--train_minutes $(DEMO_MINUTES)) $(if $(filter-out 0,$(DEMO_LONG)),--longer true)
 
+# Two test processes on two cores: threads of torch beside them would wait for each other.
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

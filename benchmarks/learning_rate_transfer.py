@@ -23,12 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from etl.dataset import Dataset
 from model.config import ModelConfig, RetroConfig
-from model.coord_check import widened
+from model.coord_check import parametrized, widened
 from model.evaluation import token_losses
-from model.initialization import initialize
-from model.mup import BaseShapes, base_shapes, width_scales, with_mup
-from model.optimizer import OptimConfig, build_optimizer, learning_rate, set_learning_rate
-from model.retro import Retro
+from model.mup import BaseShapes, base_shapes
+from model.optimizer import OptimConfig, learning_rate, set_learning_rate
 from model.sampler import sample_ids
 from model.samples import SampleReader
 
@@ -41,12 +39,8 @@ def train(
     arguments: argparse.Namespace,
 ) -> float:
     """Mean loss of the last fifth of the steps; inf if it is no number."""
-    model = Retro(config if shapes is None else with_mup(config, shapes))
-    scales = None if shapes is None else width_scales(model, shapes)
-    initialize(model, arguments.seed, scales)
-    name = "adamw" if shapes is None else "muadamw"
-    optim = OptimConfig(name, lr=lr, warmup_steps=arguments.steps // 10)
-    optimizer = build_optimizer(optim, model, scales)
+    optim = OptimConfig(lr=lr, warmup_steps=arguments.steps // 10)
+    model, optimizer = parametrized(config, shapes, optim, arguments.seed)
     losses = []
     for step in range(arguments.steps):
         set_learning_rate(optimizer, learning_rate(optim, step, arguments.steps))

@@ -109,8 +109,7 @@ class NeighborFinder:
         A row is searched again with more candidates until it is settled or everything was looked
         at. Rows of zeros get no neighbors.
         """
-        ids = np.full((len(queries), k), NO_NEIGHBOR, np.int64)
-        scores = np.full((len(queries), k), -np.inf)
+        ids, scores = _nothing(len(queries), k)
         for rows, skip in self._by_long_document(np.any(queries != 0, axis=1), own_keys):
             own = None if own_keys is None else own_keys[rows]
             ids[rows], scores[rows] = self._settle(queries[rows], k, own, skip)
@@ -137,8 +136,7 @@ class NeighborFinder:
         own_keys: NDArray[np.uint64] | None,
         skip: range | None,
     ) -> Block:
-        ids = np.full((len(queries), k), NO_NEIGHBOR, np.int64)
-        scores = np.full((len(queries), k), -np.inf)
+        ids, scores = _nothing(len(queries), k)
         pending = np.arange(len(queries))
         is_coarse = self.candidates.score_error is None
         depth = ranked = max(k + self.margin, _RANKED_AGAIN * k if is_coarse else 0)
@@ -200,6 +198,11 @@ class NeighborFinder:
         ids = take_first(ranked, np.take_along_axis(banned, order, 1), k)
         best = np.take_along_axis(exact, order, 1)[:, :k]
         return ids, np.pad(best, ((0, 0), (0, k - best.shape[1])), constant_values=-np.inf)
+
+
+def _nothing(rows: int, k: int) -> Block:
+    """No neighbors yet."""
+    return np.full((rows, k), NO_NEIGHBOR, np.int64), np.full((rows, k), -np.inf)
 
 
 def best_of(

@@ -104,8 +104,7 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
     with process_group(config.device) as mesh:
         logging.getLogger().setLevel(logging.INFO if mesh.get_rank() == 0 else logging.WARNING)
         _claim_folder(config, shapes, train)
-        neighbors = config.data.neighbors if train.retrieval else 0
-        log.info("%s", flops.describe(model.config, config.data.seq_length, neighbors))
+        log.info("%s", flops.describe(model.config, train.seq_length, train.neighbors))
         _prepare_weights(config, model, scales)
         model.to(config.device)
         shard(model, mesh, config.precision)
@@ -189,7 +188,7 @@ def _claim_folder(config: PretrainConfig, shapes: BaseShapes | None, train: Samp
         "model": asdict(config.model),
         "trainer": describe(config.trainer, config.optim),
         "seq_length": config.data.seq_length,
-        "neighbors": config.data.neighbors if train.retrieval else None,
+        "neighbors": train.neighbors or None,
         "trainable": config.trainable,
         "precision": config.precision,
         "base_shapes": shapes,
@@ -228,7 +227,7 @@ def _prepare_weights(config: PretrainConfig, model: Retro, scales: WidthScales |
 
 def _describe(config: PretrainConfig, model: Retro, train: SampleReader) -> dict[str, Any]:
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    length, neighbors = config.data.seq_length, config.data.neighbors if train.retrieval else 0
+    flops_per_sample = flops.training_flops(model.config, train.seq_length, train.neighbors)
     return {
         "run_url": config.output_url,
         "parameters": sum(sizes.values()),
@@ -240,7 +239,7 @@ def _describe(config: PretrainConfig, model: Retro, train: SampleReader) -> dict
         "tokens": config.trainer.max_steps
         * config.trainer.global_batch_size
         * config.data.seq_length,
-        "training_flops_per_token": flops.training_flops(model.config, length, neighbors) / length,
+        "training_flops_per_token": flops_per_sample / train.seq_length,
     }
 
 

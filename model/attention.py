@@ -73,9 +73,8 @@ class _Attention(nn.Module):
     def __init__(self, config: RetroConfig, shape: StackShape) -> None:
         super().__init__()
         self.config, self.shape = config, shape
-        self.query_width = shape.num_attention_heads * config.head_dim
-        self.group_width = shape.num_query_groups * config.head_dim
-        self.dense = nn.Linear(self.query_width, shape.hidden_size, bias=config.bias)
+        self.queries_per_group = shape.num_attention_heads // shape.num_query_groups
+        self.dense = nn.Linear(shape.query_width, shape.hidden_size, bias=config.bias)
 
     def _split(self, x_BLW: Tensor, queries: int, others: int) -> list[Tensor]:
         """[B, L, W] with rows ordered [group][queries, then others][P] -> the queries
@@ -96,12 +95,11 @@ class SelfAttention(_Attention):
 
     def __init__(self, config: RetroConfig, shape: StackShape) -> None:
         super().__init__(config, shape)
-        width = self.query_width + 2 * self.group_width
+        width = shape.query_width + 2 * shape.group_width
         self.query_key_value = nn.Linear(shape.hidden_size, width, bias=config.bias)
 
     def forward(self, x_BLD: Tensor, table: Table, mask: Mask | BlockMask) -> Tensor:
-        per_group = self.shape.num_attention_heads // self.shape.num_query_groups
-        q, k, v = self._split(self.query_key_value(x_BLD), per_group, 2)
+        q, k, v = self._split(self.query_key_value(x_BLD), self.queries_per_group, 2)
         return self.dense(self._attend(rotate(q, table), rotate(k, table), v, mask))
 
 
@@ -122,16 +120,15 @@ class CrossAttention(_Attention):
 
     def __init__(self, config: RetroConfig, shape: StackShape, context_size: int) -> None:
         super().__init__(config, shape)
-        self.query = nn.Linear(shape.hidden_size, self.query_width, bias=config.bias)
-        self.key_value = nn.Linear(context_size, 2 * self.group_width, bias=config.bias)
+        self.query = nn.Linear(shape.hidden_size, shape.query_width, bias=config.bias)
+        self.key_value = nn.Linear(context_size, 2 * shape.group_width, bias=config.bias)
 
     def forward(self, x_NQD: Tensor, context: Context) -> Tensor:
         return self.dense(self._look_up(x_NQD, context))
 
     def _look_up(self, x_NQD: Tensor, context: Context) -> Tensor:
         """[N, Q, H * P] before the output projection."""
-        per_group = self.shape.num_attention_heads // self.shape.num_query_groups
-        (q,) = self._split(self.query(x_NQD), per_group, 0)
+        (q,) = self._split(self.query(x_NQD), self.queries_per_group, 0)
         k, v = self._split(self.key_value(context.states_NTD), 0, 2)
         q, k = rotate(q, context.query_table), rotate(k, context.key_table)
         return self._attend(q, k, v, context.mask)

@@ -1,10 +1,11 @@
 """The model's configuration: data only, NeMo's words where NeMo has one."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal
 
 _BASE_HEAD = 64
+_SCALED = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
 class ConfigError(ValueError):
@@ -88,6 +89,17 @@ class StackShape:
     ffn_hidden_size: int
     num_attention_heads: int
     num_query_groups: int
+    head_dim: int
+
+    @property
+    def query_width(self) -> int:
+        """Of the queries of all heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def group_width(self) -> int:
+        """Of the keys, or of the values, of all groups together."""
+        return self.num_query_groups * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -141,9 +153,8 @@ class RetroConfig(ModelConfig):
                 f"num_query_groups {self.num_query_groups} does not divide num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        scaled = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        for name in scaled:
-            width = (getattr(self, name) or self.num_attention_heads) * self.enc_width_ratio
+        for name in _SCALED:
+            width = getattr(self.decoder_shape, name) * self.enc_width_ratio
             if self.has_retrieval and (width < 1 or width % 1):
                 raise ConfigError(
                     f"enc_width_ratio {self.enc_width_ratio} gives the encoder a {name} of {width};"
@@ -153,12 +164,13 @@ class RetroConfig(ModelConfig):
     @property
     def decoder_shape(self) -> StackShape:
         groups = self.num_query_groups or self.num_attention_heads
-        return StackShape(self.hidden_size, self.ffn_hidden_size, self.num_attention_heads, groups)
+        sizes = (self.hidden_size, self.ffn_hidden_size, self.num_attention_heads, groups)
+        return StackShape(*sizes, self.head_dim)
 
     @property
     def encoder_shape(self) -> StackShape:
-        widths = asdict(self.decoder_shape)
-        return StackShape(**{name: int(n * self.enc_width_ratio) for name, n in widths.items()})
+        decoder, ratio = self.decoder_shape, self.enc_width_ratio
+        return replace(decoder, **{name: int(getattr(decoder, name) * ratio) for name in _SCALED})
 
     @property
     def padded_vocab_size(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from model.attention import CrossAttention, SelfAttention
 from model.config import ConfigError, ModelConfig, RetroConfig
@@ -81,15 +82,25 @@ def check(
     return found
 
 
+def parametrized(
+    config: RetroConfig, shapes: BaseShapes | None, optim: OptimConfig, seed: int
+) -> tuple[Retro, Optimizer]:
+    """A new model with its optimizer: under muP with base shapes, else in the standard
+    parametrisation."""
+    if shapes is None:
+        model, scales = Retro(config), None
+    else:
+        model = Retro(with_mup(config, shapes))
+        scales, optim = width_scales(model, shapes), replace(optim, name="muadamw")
+    initialize(model, seed, scales)
+    return model, build_optimizer(optim, model, scales)
+
+
 def _train(
     config: RetroConfig, shapes: BaseShapes | None, steps: int, lr: float, seed: int
 ) -> list[Coordinates]:
     name = "sp" if shapes is None else "mup"
-    model = Retro(config if shapes is None else with_mup(config, shapes))
-    scales = None if shapes is None else width_scales(model, shapes)
-    initialize(model, seed, scales)
-    optim = OptimConfig("adamw" if shapes is None else "muadamw", lr=lr, weight_decay=0.0)
-    optimizer = build_optimizer(optim, model, scales)
+    model, optimizer = parametrized(config, shapes, OptimConfig(lr=lr, weight_decay=0.0), seed)
     sizes: dict[str, list[float]] = {}
     for part, module in model.named_modules():
         if isinstance(module, _WATCHED):

@@ -18,7 +18,7 @@ def forward_flops(config: RetroConfig, length: int, neighbors: int) -> dict[str,
     shown = window * 2 * neighbors
     layers = config.dec_num_layers
     parts = {
-        "decoder self-attention": layers * _self_attention(config, decoder, length, length),
+        "decoder self-attention": layers * _self_attention(decoder, length, length),
         "decoder MLPs": layers * _mlp(config, decoder, length),
         "chunked cross-attention": 0,
         "encoder self-attention": 0,
@@ -29,17 +29,16 @@ def forward_flops(config: RetroConfig, length: int, neighbors: int) -> dict[str,
     if not chunks:
         return parts
     depth, seen = config.enc_num_layers, 2 * config.chunk_size
-    look_up = _cross_attention(config, decoder, encoder, (window, shown), shown // chunks)
-    look_up += _output(config, decoder, length)
-    read = _cross_attention(config, encoder, decoder, (shown, window), config.chunk_size)
-    read += _output(config, encoder, shown)
+    look_up = _cross_attention(decoder, encoder, (window, shown), shown // chunks)
+    look_up += _output(decoder, length)
+    read = _cross_attention(encoder, decoder, (shown, window), config.chunk_size)
+    read += _output(encoder, shown)
     projection = 0
     if encoder.hidden_size != decoder.hidden_size:
         projection = _linear(shown, decoder.hidden_size, encoder.hidden_size)
     return parts | {
         "chunked cross-attention": len(config.dec_cross_attention) * look_up,
-        "encoder self-attention": depth * _self_attention(config, encoder, shown, seen)
-        + projection,
+        "encoder self-attention": depth * _self_attention(encoder, shown, seen) + projection,
         "encoder cross-attention": len(config.enc_cross_attention) * read,
         "encoder MLPs": depth * _mlp(config, encoder, shown),
     }
@@ -62,35 +61,32 @@ def _linear(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
 
-def _output(config: RetroConfig, shape: StackShape, tokens: int) -> int:
-    return _linear(tokens, shape.num_attention_heads * config.head_dim, shape.hidden_size)
+def _output(shape: StackShape, tokens: int) -> int:
+    return _linear(tokens, shape.query_width, shape.hidden_size)
 
 
-def _pairs(config: RetroConfig, shape: StackShape, tokens: int, keys: int) -> int:
+def _pairs(shape: StackShape, tokens: int, keys: int) -> int:
     """Scores and sums of values, for queries that see `keys` each."""
-    return 4 * tokens * keys * shape.num_attention_heads * config.head_dim
+    return 4 * tokens * keys * shape.query_width
 
 
-def _self_attention(config: RetroConfig, shape: StackShape, tokens: int, keys: int) -> int:
-    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+def _self_attention(shape: StackShape, tokens: int, keys: int) -> int:
     return (
-        _linear(tokens, shape.hidden_size, heads * config.head_dim)
-        + _pairs(config, shape, tokens, keys)
-        + _output(config, shape, tokens)
+        _linear(tokens, shape.hidden_size, shape.query_width + 2 * shape.group_width)
+        + _pairs(shape, tokens, keys)
+        + _output(shape, tokens)
     )
 
 
 def _cross_attention(
-    config: RetroConfig, shape: StackShape, other: StackShape, tokens: tuple[int, int], keys: int
+    shape: StackShape, other: StackShape, tokens: tuple[int, int], keys: int
 ) -> int:
     """Without the output projection; `tokens` are those of the queries and of the context."""
     queries, context = tokens
-    width = shape.num_attention_heads * config.head_dim
-    key_value = 2 * shape.num_query_groups * config.head_dim
     return (
-        _linear(queries, shape.hidden_size, width)
-        + _linear(context, other.hidden_size, key_value)
-        + _pairs(config, shape, queries, keys)
+        _linear(queries, shape.hidden_size, shape.query_width)
+        + _linear(context, other.hidden_size, 2 * shape.group_width)
+        + _pairs(shape, queries, keys)
     )
 
 

@@ -99,12 +99,7 @@ def _check_pair(base: RetroConfig, delta: RetroConfig) -> None:
 
 def _sizes(config: RetroConfig) -> tuple[int, int, int, int]:
     shape = config.decoder_shape
-    heads = (shape.num_attention_heads, shape.num_query_groups)
-    return (
-        shape.hidden_size,
-        shape.ffn_hidden_size,
-        *(n * config.head_dim for n in heads),
-    )  # type: ignore[return-value]
+    return shape.hidden_size, shape.ffn_hidden_size, shape.query_width, shape.group_width
 
 
 def _pattern(name: str) -> str:

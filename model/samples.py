@@ -102,6 +102,11 @@ class SampleReader:
         self.num_tokens = dataset.num_chunks * dataset.chunk_size
         self.num_samples = max(1, -(-(self.num_tokens - 1) // seq_length))
 
+    @property
+    def neighbors(self) -> int:
+        """Neighbors of each chunk; 0 without retrieval."""
+        return self.retrieval.neighbors if self.retrieval is not None else 0
+
     def read(self, samples: ArrayLike) -> Batch:
         """The samples with these numbers [B]; the last one of the dataset is padded."""
         chunk_ids, inside = self.chunk_ids(samples)

@@ -44,8 +44,8 @@ def train(
     losses = []
     for step in range(arguments.steps):
         set_learning_rate(optimizer, learning_rate(optim, step, arguments.steps))
-        first = step * arguments.batch
-        ids = sample_ids(first, arguments.batch, reader.num_samples, arguments.seed)
+        places = step * arguments.batch + np.arange(arguments.batch)
+        ids = sample_ids(places, reader.num_samples, arguments.seed)
         batch = reader.read(ids).to("cpu")
         loss = token_losses(model, batch, False, batch.loss_mask).mean()
         loss.backward()

@@ -20,6 +20,10 @@ _ABANDONED_S = 24 * 3600
 _SCRATCH = ".scratch-"
 
 
+class CacheError(ValueError):
+    """What is needed at once does not fit the bound."""
+
+
 def cached_copy(sha256: str, num_bytes: int, download: Callable[[Path], None]) -> Path:
     """The copy of an object; `download` stores it under a path, or raises if it is not the object.
     Of processes that want the same one at once, one downloads it."""
@@ -32,6 +36,22 @@ def cached_copy(sha256: str, num_bytes: int, download: Callable[[Path], None]) -
                 _store(download, copy)
                 _evict(cache)
     return copy
+
+
+def cache_bound() -> int:
+    """Bytes that the copies may take."""
+    return int(os.environ.get(CACHE_BYTES_VARIABLE) or DEFAULT_CACHE_BYTES)
+
+
+def require_room(num_bytes: int, what: str) -> None:
+    """Raises CacheError when copies of that size, all of them needed at once, are beyond the
+    bound."""
+    if num_bytes > cache_bound():
+        raise CacheError(
+            f"{what}: local copies take {num_bytes} bytes, {CACHE_BYTES_VARIABLE} allows "
+            f"{cache_bound()}; allow more, on a disk that has it ({CACHE_VARIABLE} names the "
+            "folder), or take fewer shards"
+        )
 
 
 def _is_there(copy: Path, num_bytes: int) -> bool:
@@ -67,8 +87,7 @@ def _evict(cache: Path) -> None:
     """Removes the least recently used copies beyond the bound, but none that was asked for within
     the last minutes; open memory maps of them stay valid. Removes old remains of killed downloads.
     """
-    bound = int(os.environ.get(CACHE_BYTES_VARIABLE) or DEFAULT_CACHE_BYTES)
-    now, copies = time.time(), []
+    bound, now, copies = cache_bound(), time.time(), []
     for path in cache.iterdir():
         with suppress(FileNotFoundError):
             stat = path.stat()

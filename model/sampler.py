@@ -12,18 +12,16 @@ from numpy.typing import NDArray
 _ROUNDS = 6
 
 
-def sample_ids(first: int, count: int, num_samples: int, seed: int) -> NDArray[np.int64]:
-    """[count] the samples at places first .. first + count - 1 of the endless sequence of shuffled
-    epochs.
+def sample_ids(places: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:
+    """[n] the samples at `places` [n] of the endless sequence of shuffled epochs.
 
     Raises:
         ValueError: there are no samples.
     """
     if num_samples < 1:
         raise ValueError("no training samples: the dataset is empty")
-    places = np.arange(first, first + count, dtype=np.int64)
-    epochs, inside = places // num_samples, places % num_samples
-    out = np.empty(count, np.int64)
+    epochs, inside = np.divmod(places, num_samples)
+    out = np.empty(len(places), np.int64)
     for epoch in np.unique(epochs):
         where = epochs == epoch
         out[where] = permute(inside[where], num_samples, seed, int(epoch))

@@ -1,11 +1,14 @@
 """Training samples: consecutive tokens of a dataset with the neighbors of every chunk.
 
-Sample j = tokens [j S, j S + S] of the dataset's token stream, documents packed with their pads.
+Sample j = tokens [j S, j S + S] of the dataset's token stream, documents packed with their pads; or
+of the stream of some of its documents. Batches are gathered without a loop over samples or chunks.
 The KNN map is keyed by chunk, so it serves any sequence length, order or batch.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from math import inf
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from etl.dataset import Dataset, check_no_leak
 from indexing.knn_manifest import BuiltMap
 from indexing.knn_map import NO_NEIGHBOR, KNNMap
 from model.sampler import mix64
+
+T = TypeVar("T")
 
 
 class SampleError(ValueError):
@@ -29,25 +34,33 @@ class Batch:
     neighbors and neighbors_mask are None without retrieval. A missing neighbor is all pads, masked.
     """
 
-    tokens: NDArray[np.int64]
+    tokens: NDArray[np.int32]
     labels: NDArray[np.int64]
     tokens_mask: NDArray[np.bool_]
     loss_mask: NDArray[np.bool_]
-    neighbors: NDArray[np.int64] | None = None
+    neighbors: NDArray[np.int32] | None = None
     neighbors_mask: NDArray[np.bool_] | None = None
 
-    def to(self, device: torch.device | str) -> "TensorBatch":
-        def moved(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
+    def split(self, size: int) -> "list[Batch]":
+        """Batches of `size` samples (views)."""
+        parts = range(0, len(self.tokens), size)
+        return [self._each(lambda array, i=i: array[i : i + size], Batch) for i in parts]
 
-        return TensorBatch(
-            moved(self.tokens),
-            moved(self.labels),
-            moved(self.tokens_mask),
-            moved(self.loss_mask),
-            None if self.neighbors is None else moved(self.neighbors),
-            None if self.neighbors_mask is None else moved(self.neighbors_mask),
-        )
+    def to(self, device: torch.device | str) -> "TensorBatch":
+        """Copied to a GPU while the host goes on."""
+        device = torch.device(device)
+
+        def moved(array: NDArray[Any]) -> torch.Tensor:
+            tensor = torch.from_numpy(array)
+            if device.type == "cpu":
+                return tensor
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return self._each(moved, TensorBatch)
+
+    def _each(self, change: Callable[[NDArray[Any]], Any], kind: type[T]) -> T:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return kind(**{k: None if v is None else change(v) for k, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -68,25 +81,85 @@ def only_copies(batch: Batch) -> Batch:
     assert batch.neighbors is not None
     assert batch.neighbors_mask is not None
     size, chunks, chunk_size = *batch.neighbors.shape[:2], batch.neighbors.shape[-1] // 2
+    found = np.where(batch.neighbors_mask, batch.neighbors, -1).astype(np.int32)
+    # The labels at the positions that attend to each chunk: from its last position on.
+    attending = np.full((size, chunks * chunk_size), -2, np.int32)
+    count = batch.labels.shape[1] - (chunk_size - 1)
+    attending[:, :count] = batch.labels[:, chunk_size - 1 :]
+    found_BCN1 = found.reshape(size, chunks, -1, 1)
+    is_copy = (found_BCN1 == attending.reshape(size, chunks, 1, chunk_size)).any(axis=2)
     held = np.zeros_like(batch.loss_mask)
-    found = np.where(batch.neighbors_mask, batch.neighbors, -1).reshape(size, chunks, -1)
-    for b, u in np.ndindex(size, chunks):
-        places = slice(chunk_size * (u + 1) - 1, chunk_size * (u + 2) - 1)
-        held[b, places] = np.isin(batch.labels[b, places], found[b, u])
+    held[:, chunk_size - 1 :] = is_copy.reshape(size, -1)[:, :count]
     return replace(batch, loss_mask=batch.loss_mask & held)
+
+
+def split_documents(
+    splits_string: str, num_documents: int
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """(first, stop) document numbers of the train, validation and test parts of a dataset, as NeMo
+    cuts them.
+
+    Args:
+        splits_string: Three weights with commas or slashes between them, of any sum: "980,10,10".
+
+    Raises:
+        SampleError: not three weights, a negative one, or none above zero.
+    """
+    try:
+        weights = [float(weight) for weight in splits_string.replace("/", ",").split(",")]
+    except ValueError:
+        weights = []
+    total = sum(weights)
+    if len(weights) != 3 or min(weights) < 0 or not 0 < total < inf:
+        raise SampleError(
+            f"splits_string is {splits_string!r}; expected three weights from 0 up that are not "
+            'all 0, like "980,10,10"'
+        )
+    bounds = [0]
+    for weight in weights:
+        bounds.append(bounds[-1] + round(weight / total * num_documents))
+    surplus = bounds[3] - num_documents
+    b1, b2, b3 = (max(0, bound - surplus) for bound in bounds[1:])
+    return (0, b1), (b1, b2), (b2, b3)
+
+
+def documents_of(dataset: Dataset, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Document number of each chunk id, same shape, by the table of the whole dataset: sooner than
+    shard by shard where chunks come from everywhere, and sooner in ascending order.
+
+    Raises:
+        IndexError: an id that the dataset does not hold.
+    """
+    order = chunk_ids.argsort(axis=None)
+    ascending = chunk_ids.ravel()[order]
+    if ascending.size and (ascending[0] < 0 or ascending[-1] >= dataset.num_chunks):
+        raise IndexError(
+            f"{dataset.url}: chunk ids {ascending[0]}..{ascending[-1]}; the dataset holds "
+            f"0..{dataset.num_chunks - 1}"
+        )
+    out = np.empty_like(ascending)
+    out[order] = dataset.document_first_chunk.searchsorted(ascending, side="right") - 1
+    return out.reshape(chunk_ids.shape)
 
 
 class SampleReader:
     """Assembles batches. `retrieval` None gives samples without neighbors.
 
+    Args:
+        documents: (first, stop) document numbers that samples are made of; all by default.
+
     Raises:
         SampleError: seq_length is not a multiple of chunk_size, the dataset is a retrieval dataset,
-            or the map holds fewer neighbors than asked for.
+            the documents are none or not in it, or the map holds fewer neighbors than asked for.
         StorageError: the map was made for other datasets.
     """
 
     def __init__(
-        self, dataset: Dataset, seq_length: int, retrieval: "NeighborReader | None" = None
+        self,
+        dataset: Dataset,
+        seq_length: int,
+        retrieval: "NeighborReader | None" = None,
+        documents: tuple[int, int] | None = None,
     ) -> None:
         if seq_length < 1 or seq_length % dataset.chunk_size:
             raise SampleError(
@@ -96,11 +169,25 @@ class SampleReader:
             raise SampleError(
                 f"{dataset.url} is a retrieval dataset; samples come from train, validation or test"
             )
-        if dataset.num_chunks == 0:
-            raise SampleError(f"{dataset.url} is empty")
         self.dataset, self.seq_length, self.retrieval = dataset, seq_length, retrieval
-        self.num_tokens = dataset.num_chunks * dataset.chunk_size
+        self._first_chunk, self._stop_chunk = self._chunks_of(documents)
+        self.num_tokens = (self._stop_chunk - self._first_chunk) * dataset.chunk_size
         self.num_samples = max(1, -(-(self.num_tokens - 1) // seq_length))
+
+    def _chunks_of(self, documents: tuple[int, int] | None) -> tuple[int, int]:
+        dataset = self.dataset
+        if documents is None:
+            if dataset.num_chunks == 0:
+                raise SampleError(f"{dataset.url} is empty")
+            return 0, dataset.num_chunks
+        first, stop = documents
+        if not 0 <= first < stop <= dataset.num_documents:
+            raise SampleError(
+                f"{dataset.url}: documents {first} to {stop}; expected at least one of the "
+                f"{dataset.num_documents} there are"
+            )
+        firsts = dataset.document_first_chunk
+        return int(firsts[first]), int(firsts[stop])
 
     @property
     def neighbors(self) -> int:
@@ -108,48 +195,61 @@ class SampleReader:
         return self.retrieval.neighbors if self.retrieval is not None else 0
 
     def read(self, samples: ArrayLike) -> Batch:
-        """The samples with these numbers [B]; the last one of the dataset is padded."""
+        """The samples with these numbers [B]; the last one of the documents is padded."""
         chunk_ids, inside = self.chunk_ids(samples)
-        pad = self.dataset.manifest.pad_id
-        flat = np.minimum(chunk_ids, self.dataset.num_chunks - 1).ravel()
-        chunks = self.dataset.get_chunk(flat).astype(np.int64).reshape(*chunk_ids.shape, -1)
-        stream = np.where(inside[..., None], chunks, pad).reshape(len(chunk_ids), -1)[
-            :, : self.seq_length + 1
-        ]
-        documents = np.repeat(
-            self.dataset.chunk_to_doc(flat).reshape(chunk_ids.shape),
-            self.dataset.chunk_size,
-            axis=1,
+        existing = np.minimum(chunk_ids, self._stop_chunk - 1)
+        stream = self._stream(existing, inside)
+        documents, starts = self._documents(existing)
+        is_text = stream != self.dataset.manifest.pad_id
+        loss_mask = is_text[:, :-1] & is_text[:, 1:]
+        sample, place = (starts > 0).nonzero()
+        loss_mask[sample, starts[sample, place] * self.dataset.chunk_size - 1] = False
+        neighbors = neighbors_mask = None
+        if self.retrieval is not None:
+            rows, present, keys = existing[:, :-1], inside[:, :-1], self._keys(documents, starts)
+            neighbors, neighbors_mask = self.retrieval.read(rows, present, keys)
+        return Batch(
+            tokens=stream[:, :-1].astype(np.int32),
+            labels=stream[:, 1:].astype(np.int64),
+            tokens_mask=np.ascontiguousarray(is_text[:, :-1]),
+            loss_mask=loss_mask,
+            neighbors=neighbors,
+            neighbors_mask=neighbors_mask,
         )
-        tokens, labels = stream[:, :-1], stream[:, 1:]
-        same_document = documents[:, : self.seq_length] == documents[:, 1 : self.seq_length + 1]
-        batch = Batch(
-            tokens=np.ascontiguousarray(tokens),
-            labels=np.ascontiguousarray(labels),
-            tokens_mask=tokens != pad,
-            loss_mask=(tokens != pad) & (labels != pad) & same_document,
-        )
-        return batch if self.retrieval is None else self._with_neighbors(batch, chunk_ids, inside)
 
     def chunk_ids(self, samples: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """[B, S / chunk_size + 1] the chunks that hold a sample's tokens and last label, and which
         of them exist."""
         per_sample = self.seq_length // self.dataset.chunk_size
-        first = np.asarray(samples, np.int64)[:, None] * per_sample
+        first = self._first_chunk + np.asarray(samples, np.int64)[:, None] * per_sample
         ids = first + np.arange(per_sample + 1)
-        return ids, ids < self.dataset.num_chunks
+        return ids, ids < self._stop_chunk
 
-    def _with_neighbors(
-        self, batch: Batch, chunk_ids: NDArray[np.int64], inside: NDArray[np.bool_]
-    ) -> Batch:
-        assert self.retrieval is not None
-        rows, present = chunk_ids[:, :-1], inside[:, :-1]
-        safe = np.where(present, rows, 0)
-        keys = self.dataset.chunk_keys(safe)
-        neighbors, mask = self.retrieval.read(safe, present, keys)
-        return Batch(
-            batch.tokens, batch.labels, batch.tokens_mask, batch.loss_mask, neighbors, mask
-        )
+    def _stream(self, chunk_ids: NDArray[np.int64], inside: NDArray[np.bool_]) -> NDArray[Any]:
+        """[B, S + 1] the tokens of chunks [B, C + 1] up to the last label, in the file's dtype;
+        those of chunks that are not inside are pads."""
+        chunks = self.dataset.get_chunk(chunk_ids.ravel()).reshape(*chunk_ids.shape, -1)
+        chunks[~inside] = self.dataset.manifest.pad_id
+        return chunks.reshape(len(chunk_ids), -1)[:, : self.seq_length + 1]
+
+    def _documents(
+        self, chunk_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[B, D] the documents of chunks [B, C + 1], consecutive ones, the last repeated where a
+        sample has fewer; and [B, D] at which chunk of the sample each starts, 0 or less for the
+        first."""
+        first, last = documents_of(self.dataset, chunk_ids[:, [0, -1]]).T[:, :, None]
+        places = np.arange((last - first).max(initial=0) + 1)
+        documents = np.minimum(first + places, last)
+        return documents, self.dataset.document_first_chunk[documents] - chunk_ids[:, :1]
+
+    def _keys(self, documents: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """[B, D, 2] keys and clusters of the documents that a sample has tokens of; one that starts
+        with its last label gives way to the first."""
+        num_chunks = self.seq_length // self.dataset.chunk_size
+        own = np.where(starts < num_chunks, documents, documents[:, :1])
+        dataset = self.dataset
+        return np.stack([dataset.document_keys[own], dataset.document_clusters[own]], axis=-1)
 
 
 class NeighborReader:
@@ -182,35 +282,50 @@ class NeighborReader:
     def choose(
         self, chunk_ids: NDArray[np.int64], present: NDArray[np.bool_], keys: NDArray[np.uint64]
     ) -> NDArray[np.int64]:
-        """[B, C, K] neighbor ids of chunks [B, C] whose documents have `keys` [B, C, 2].
+        """[B, C, K] neighbor ids of chunks [B, C] whose samples' documents have `keys` [B, D, 2].
 
         Every document of the sample and its cluster is banned; the first K others of the row are
         taken; -1 where they run out.
         """
         rows = self.candidates(chunk_ids)
-        missing = (rows < 0) | ~present[..., None]
-        found = self.retrieval.chunk_keys(np.where(missing, 0, rows))
-        same = [np.isin(f, k).any(axis=-1) for f, k in zip(found, keys, strict=True)]
-        banned = missing | np.stack(same)
-        order = np.argsort(banned, axis=-1, kind="stable")[..., : self.neighbors]
+        rows[~present] = NO_NEIGHBOR
+        chosen = rows[..., : self.neighbors].copy()
+        # Few rows begin with a banned neighbor: only these are looked at as a whole.
+        sample, chunk = self._is_banned(chosen, keys).nonzero()[:2]
+        if len(sample):
+            chosen[sample, chunk] = self._first_allowed(rows[sample, chunk], keys[sample])
+        return chosen
+
+    def _first_allowed(
+        self, rows: NDArray[np.int64], keys: NDArray[np.uint64]
+    ) -> NDArray[np.int64]:
+        """[N, K] the first of rows [N, k] that keys [N, D, 2] do not ban, then -1."""
+        banned = self._is_banned(rows, keys)
+        order = banned.argsort(axis=-1, kind="stable")[:, : self.neighbors]
         return np.take_along_axis(np.where(banned, NO_NEIGHBOR, rows), order, axis=-1)
+
+    def _is_banned(self, ids: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """[N, ...] whether each id of ids [N, ...] is missing, or its document's key or cluster is
+        one of the numbers in keys [N, D, 2]."""
+        retrieval, (count, num_keys) = self.retrieval, (len(ids), keys[0].size)
+        documents = documents_of(retrieval, np.maximum(ids, 0)).reshape(count, -1)
+        held = keys.reshape(count, num_keys, 1).swapaxes(0, 1)
+        same = (retrieval.document_keys[documents] == held).any(axis=0)
+        same |= (retrieval.document_clusters[documents] == held).any(axis=0)
+        return (ids < 0) | same.reshape(ids.shape)
 
     def read(
         self, chunk_ids: NDArray[np.int64], present: NDArray[np.bool_], keys: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokens [B, C, K, R] and mask of the chosen neighbors."""
         return self.tokens_of(self.choose(chunk_ids, present, keys))
 
-    def tokens_of(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def tokens_of(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokens [..., R] and mask of neighbor ids [...]; an id of -1 gives pads."""
         pad = self.retrieval.manifest.pad_id
-        chunks = (
-            self.retrieval.get_chunk(np.maximum(ids, 0).ravel())
-            .astype(np.int64)
-            .reshape(*ids.shape, -1)
-        )
-        tokens = np.where(ids[..., None] >= 0, chunks, pad)
-        return tokens, tokens != pad
+        tokens = self.retrieval.get_chunk(np.maximum(ids, 0).ravel()).reshape(*ids.shape, -1)
+        tokens[ids < 0] = pad
+        return tokens.astype(np.int32), tokens != pad
 
 
 class RandomNeighborReader(NeighborReader):

@@ -8,7 +8,7 @@ import pytest
 
 from etl.retmmap import RetMMapReader
 from indexing.knn_map import KNNMap
-from model.samples import NeighborReader, SampleReader
+from model.samples import NeighborReader, SampleReader, split_documents
 from tests.conformance.golden import FOLDER, cases
 
 ROOT = FOLDER / "samples"
@@ -28,20 +28,16 @@ class Documents:
         first = [*self.file.first_chunk, self.file.num_chunks]
         chunks = [np.arange(first[d], first[d + 1]) for d in documents]
         self.order = np.concatenate(chunks)
-        self.document = np.repeat(np.arange(len(documents)), [len(part) for part in chunks])
-        self.url, self.document_key = name, document_key
-        self.num_chunks, self.chunk_size = len(self.order), self.file.chunk_size
+        self.document_first_chunk = np.cumsum([0, *(len(part) for part in chunks)])
+        # No training document is in the retrieval file: nothing is filtered out.
+        self.document_keys = np.full(len(chunks), document_key, np.uint64)
+        self.document_clusters = self.document_keys
+        self.url, self.num_chunks = name, len(self.order)
+        self.chunk_size = self.file.chunk_size
         self.manifest = SimpleNamespace(pad_id=pad_id, split="train")
 
     def get_chunk(self, ids):
         return self.file.get_chunk(self.order[ids])
-
-    def chunk_to_doc(self, ids):
-        return self.document[ids]
-
-    def chunk_keys(self, ids):
-        """No training document is in the retrieval file: nothing is filtered out."""
-        return np.full((*np.shape(ids), 2), self.document_key, np.uint64)
 
 
 @pytest.mark.parametrize(("case", "split"), CASES)
@@ -65,3 +61,13 @@ def test_content_of_samples_is_golden(case, split):
     assert (batch.loss_mask <= same).all()
     at_ends = same & ~batch.loss_mask
     assert (golden["tokens"][at_ends] == case["eos_id"]).all()
+
+
+@pytest.mark.parametrize("case", cases("samples"), ids=lambda case: case["name"])
+def test_bounds_of_splits_are_golden(case):
+    num_documents = RetMMapReader(
+        ROOT / f"{case['train']}.bin", ROOT / f"{case['train']}.idx"
+    ).num_documents
+    parts = split_documents(case["splits_string"], num_documents)
+    assert [0, *(stop for _, stop in parts)] == case["split_bounds"]
+    assert [first for first, _ in parts] == case["split_bounds"][:3]

@@ -4,6 +4,7 @@ line on stdout."""
 import json
 import logging
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -37,6 +38,9 @@ def run_job(
     )
     for chatty in ("distributed", "py4j", "sentence_transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # A dataset of some hundred shards is as many memory-mapped files; the usual limit is 1024.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     parser = ArgumentParser(description=description)
     parser.add_argument(
         "--config", action="config", help="YAML file with options; later options override it"

@@ -13,7 +13,7 @@ from etl.manifest import HELD_OUT
 from indexing.embeddings import dataset_tokenizer
 from indexing.knn_manifest import open_map
 from jobs.command_line import run_job
-from model.checkpoint import load_model, require_checkpoint
+from model.checkpoint import check_tokenizer, load_model, require_checkpoint
 from model.evaluation import batches_of, loss_sums
 from model.retro import Retro
 from model.samples import NeighborReader, RandomNeighborReader, SampleReader
@@ -60,8 +60,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"{config.dataset_url} is the {dataset.manifest.split} dataset; expected one of "
             f"{HELD_OUT}"
         )
-    stored = require_checkpoint(config.run_url)["config"]
-    if bool(stored["dec_cross_attention"]) != bool(config.map_url and config.retrieval_url):
+    record = require_checkpoint(config.run_url)
+    check_tokenizer(record, dataset.manifest)
+    if bool(record["config"]["dec_cross_attention"]) != bool(
+        config.map_url and config.retrieval_url
+    ):
         raise ValueError(
             "map_url and retrieval_url belong to a model with retrieval, and only to one"
         )

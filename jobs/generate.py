@@ -11,7 +11,7 @@ from etl.dataset import Dataset
 from indexing.embedder import EmbedderConfig
 from indexing.embeddings import dataset_tokenizer
 from jobs.command_line import run_job
-from model.checkpoint import load_model
+from model.checkpoint import check_tokenizer, load_model, require_checkpoint
 from model.generation import GenerateConfig, Retrieval, generate
 from serving.retrieval import LocalRetriever
 
@@ -42,12 +42,8 @@ class GenerateJobConfig:
 def run(config: GenerateJobConfig) -> dict[str, Any]:
     dataset = Dataset(config.retrieval_url)
     tokenizer = dataset_tokenizer(dataset)
+    check_tokenizer(require_checkpoint(config.run_url), dataset.manifest)
     model = load_model(config.run_url)
-    if model.config.vocab_size != dataset.manifest.vocab_size:
-        raise ValueError(
-            f"{config.run_url} has {model.config.vocab_size} tokens, {config.retrieval_url} "
-            f"{dataset.manifest.vocab_size}; name the retrieval dataset of the run's corpus"
-        )
     retriever = None
     if config.index_url is not None:
         retriever = LocalRetriever(

@@ -33,7 +33,8 @@ def attend_blocks(
     q_BHLP: Tensor, k_BGLP: Tensor, v_BGLP: Tensor, mask: BlockMask, scale: float, is_grouped: bool
 ) -> Tensor:
     """[B, H, L, P] softmax(scale q k^T) v; zeros for a query that may see no key."""
-    attention = _fused() if q_BHLP.is_cuda else flex_attention
+    is_alone = q_BHLP.is_cuda and not torch.compiler.is_compiling()
+    attention = _fused() if is_alone else flex_attention
     out = attention(q_BHLP, k_BGLP, v_BGLP, block_mask=mask, scale=scale, enable_gqa=is_grouped)
     assert isinstance(out, Tensor)
     return out

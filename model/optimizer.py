@@ -21,8 +21,12 @@ class OptimConfig:
         name: adamw; under muP (with a shape_file) muadamw, or muadam, whose weight decay is part of
             the gradient.
         lr: Peak learning rate; of the base model under muP.
-        min_lr_ratio: Learning rate at the end, as a fraction of the peak.
-        warmup_steps: Steps of linear warm-up; then cosine decay to the end.
+        schedule: After linear warm-up: cosine or linear decay to the end, wsd (the peak is held,
+            then a linear decay over the last decay_steps), or constant.
+        min_lr_ratio: Learning rate at the end, as a fraction of the peak, in every group; without
+            effect on a constant schedule.
+        warmup_steps: Steps of linear warm-up.
+        decay_steps: Steps of decay of a wsd schedule, and of no other.
         weight_decay: Decay of weight matrices and embeddings; none on biases and norms.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
@@ -31,12 +35,21 @@ class OptimConfig:
 
     name: Literal["adamw", "muadamw", "muadam"] = "adamw"
     lr: float = 6e-4
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
+    decay_steps: int | None = None
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.decay_steps is not None) != (self.schedule == "wsd"):
+            raise ConfigError(
+                f"optim.decay_steps is {self.decay_steps} and optim.schedule {self.schedule}; "
+                "decay_steps goes with wsd, and only with it"
+            )
 
 
 def build_optimizer(
@@ -88,13 +101,17 @@ def is_exempt(name: str) -> bool:
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
-    """Of step 0 .. max_steps - 1: linear warm-up, then cosine decay to min_lr_ratio of the peak."""
+    """Of step 0 .. max_steps - 1: linear warm-up, then what the schedule says."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    return config.lr * (
-        config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + cos(pi * min(1.0, progress)))
-    )
+    first = config.warmup_steps
+    if config.decay_steps is not None:
+        first = max(first, max_steps - config.decay_steps)
+    progress = min(1.0, max(0, step - first) / max(1, max_steps - first))
+    if config.schedule == "constant":
+        return config.lr
+    remaining = 0.5 * (1 + cos(pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

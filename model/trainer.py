@@ -7,8 +7,10 @@ their number.
 
 import logging
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -16,24 +18,30 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from model.checkpoint import latest_checkpoint, resume, save_checkpoint
+from etl.storage import join_url, put_file, scratch_folder
+from model.checkpoint import Checkpointer
 from model.evaluation import LossSums, batches_of, loss_sums, token_losses
 from model.initialization import generator_seed
-from model.metrics import MetricsLog
+from model.interruption import Interruption
+from model.metrics import MetricsConfig, MetricsLog
 from model.optimizer import OptimConfig, learning_rate, set_learning_rate
-from model.parallel import all_reduce_sum
+from model.parallel import all_reduce_sum, sum_over_replicas
+from model.prefetch import Prefetcher
 from model.retro import Retro
-from model.sampler import sample_ids
-from model.samples import Batch, SampleReader, only_copies
+from model.samples import Batch, only_copies
+from model.throughput import Throughput
+from model.training_data import TrainingData
 
 log = logging.getLogger(__name__)
 _MEASURED_STEPS = 20
+_MOST_SKIPPED = 20
 
 
 class TrainerError(ValueError):
-    """Options of the training loop that contradict each other."""
+    """Options of the training loop that contradict each other, or training that has diverged."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +53,53 @@ class TrainerConfig:
         max_minutes: Fewer steps if max_steps would take longer: the number that fits is measured
             over the first 20 steps and then fixed, so that the schedule is known and a resumed run
             keeps it.
+        stop_after_steps: Save and end after so many steps of this start; the schedule stays, and
+            the next start continues.
+        stop_after_seconds: The same after so many seconds.
         global_batch_size: Samples a step, over all ranks.
         micro_batch_size: Samples of one forward and backward pass on one rank.
         copy_warmup_steps: First steps, in which only labels count that a neighbor in sight holds:
             what can be copied is learned before what cannot.
         seed: Of initial weights and sample order.
-        log_interval: Steps between metrics.
         val_interval: Steps between validations; there is always one at the end.
         val_samples: Samples of a validation.
-        save_interval: Steps between checkpoints; there is always one at the end.
-        keep_checkpoints: Checkpoints that are kept.
+        profile_steps: First and last step, from 1, of a trace by torch.profiler, which every rank
+            writes to `profile/` in the run's folder.
     """
 
     max_steps: int = 1000
     max_minutes: float | None = None
+    stop_after_steps: int | None = None
+    stop_after_seconds: float | None = None
     global_batch_size: int = 32
     micro_batch_size: int = 8
     copy_warmup_steps: int = 0
     seed: int = 0
-    log_interval: int = 10
     val_interval: int = 200
     val_samples: int = 64
-    save_interval: int = 200
-    keep_checkpoints: int = 2
+    profile_steps: tuple[int, int] | None = None
+
+
+_FREE = {
+    "micro_batch_size",
+    "stop_after_steps",
+    "stop_after_seconds",
+    "val_interval",
+    "val_samples",
+    "profile_steps",
+}
+
+
+def describe(config: TrainerConfig, optim: OptimConfig) -> dict[str, Any]:
+    """What determines the course of a run, for its configuration record."""
+    return {k: v for k, v in asdict(config).items() if k not in _FREE} | {"optim": asdict(optim)}
+
+
+def rank_share(global_batch_size: int, step: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(first, count): a rank's places of a step in the sequence of samples. Those of all ranks, in
+    their order, are the step's, whatever the world size."""
+    count = global_batch_size // world_size
+    return step * global_batch_size + rank * count, count
 
 
 class Trainer:
@@ -81,166 +113,245 @@ class Trainer:
         self,
         config: TrainerConfig,
         optim: OptimConfig,
-        optimizer: torch.optim.Optimizer,
         model: Retro,
+        optimizer: torch.optim.Optimizer,
         mesh: DeviceMesh,
-        train: SampleReader,
-        validation: SampleReader | None,
-        run_url: str,
+        data: TrainingData,
+        checkpointer: Checkpointer,
+        throughput: Throughput,
     ) -> None:
-        self.config, self.optim, self.model, self.run_url = config, optim, model, run_url
-        self.train_reader, self.validation_reader = train, validation
-        self.device = mesh.device_type
+        self.config, self.optim, self.model, self.optimizer = config, optim, model, optimizer
+        self.data, self.checkpointer, self.throughput = data, checkpointer, throughput
+        self.run_url = checkpointer.run_url
         self.rank, self.world_size = mesh.get_rank(), mesh.size()
-        self.per_rank = config.global_batch_size // self.world_size
+        self.device = torch.device(mesh.device_type)
+        if mesh.device_type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._check()
         # Gradients through sharp attention become denormal numbers, which CPUs compute many times
         # more slowly.
         torch.set_flush_denormal(True)
-        self.optimizer = optimizer
         self.max_steps = config.max_steps
-        self.step = 0
-        self.tokens = 0
-        self.seconds = 0.0
+        self.step = self.samples = self.tokens = self.skipped = self._skipped_in_a_row = 0
         self.validation: dict[str, float] = {}
         self._rate_is_known = config.max_minutes is None
 
     def _check(self) -> None:
         config = self.config
-        if config.global_batch_size % self.world_size or self.per_rank % config.micro_batch_size:
+        if config.global_batch_size % (self.world_size * config.micro_batch_size):
             raise TrainerError(
                 f"global_batch_size {config.global_batch_size} is not a multiple of "
                 "micro_batch_size "
                 f"{config.micro_batch_size} times {self.world_size} ranks"
             )
-        if config.copy_warmup_steps and self.train_reader.retrieval is None:
+        if config.copy_warmup_steps and not self.uses_retrieval:
             raise TrainerError(
                 "copy_warmup_steps needs neighbors to copy from, but the model has no retrieval"
             )
 
     @property
     def uses_retrieval(self) -> bool:
-        return self.train_reader.retrieval is not None
+        return self.data.train.neighbors > 0
 
-    def run(self) -> dict[str, Any]:
-        """Trains from the newest checkpoint, or from the start, to the end; returns counts, rate
-        and last losses, those of the checkpoint if the run was complete before."""
-        record = latest_checkpoint(self.run_url)
-        if record is not None:
-            self._restore(resume(record, self.model, self.optimizer))
+    def run(self, metrics_config: MetricsConfig) -> dict[str, Any]:
+        """Trains from the newest checkpoint, or from the start, to the end or until it is told to
+        stop; returns counts, rate and last losses, those of the checkpoint if the run was complete
+        before."""
+        progress = self.checkpointer.restore()
+        if progress is not None:
+            self._restore(progress)
             log.info("continuing at step %d of %d", self.step, self.max_steps)
-        metrics = MetricsLog(self.run_url, self.step) if self.rank == 0 else None
-        with tqdm(
-            total=self.max_steps,
-            initial=self.step,
-            desc="train",
-            file=sys.stderr,
-            mininterval=2,
-            disable=self.rank != 0,
-        ) as bar:
-            while self.step < self.max_steps:
-                self._advance(metrics)
-                bar.total = self.max_steps
-                bar.update()
+        metrics = None
+        if self.rank == 0:
+            about = self.checkpointer.about["run"]
+            metrics = MetricsLog(metrics_config, self.run_url, self.step, about)
+        stopped = None
+        if self.step < self.max_steps:
+            stopped = self._train(metrics, metrics_config.interval)
+        self.checkpointer.wait()
         if metrics is not None:
             metrics.close()
         return {
             "steps": self.step,
+            "samples": self.samples,
             "tokens": self.tokens,
-            "tokens_per_s": self.tokens / self.seconds if self.step else None,
+            "tokens_per_s": self.tokens / self.throughput.seconds if self.step else None,
+            "skipped_steps": self.skipped,
             "world_size": self.world_size,
+            "stopped": stopped,
             **self.validation,
         }
 
-    def _advance(self, metrics: MetricsLog | None) -> None:
-        """One step and whatever is due after it. The last validation comes before the last
-        checkpoint, which holds it."""
-        config = self.config
-        before = time.monotonic()
-        values = self.train_step()
-        elapsed = time.monotonic() - before
-        self.seconds += elapsed
+    def _train(self, metrics: MetricsLog | None, interval: int) -> str | None:
+        """Steps to the end; the reason if something stopped them earlier."""
+        config, first = self.config, self.step
+        bar = tqdm(
+            total=self.max_steps,
+            initial=first,
+            desc="train",
+            file=sys.stderr,
+            mininterval=2,
+            disable=self.rank != 0,
+        )
+        batches = Prefetcher(self._batches, self.device, first, self.max_steps)
+        interruption = Interruption(config.stop_after_steps, config.stop_after_seconds)
+        try:
+            with bar, interruption:
+                while self.step < self.max_steps:
+                    reason = interruption.reason(self.step - first + 1)
+                    with self._profiled(), self.throughput.step():
+                        values, is_stopped = self.train_step(batches, bool(reason))
+                    self._after_step(metrics, interval, values, is_stopped, bar)
+                    if is_stopped and self.step < self.max_steps:
+                        log.info("stopped at step %d: %s", self.step, reason or "another rank")
+                        return reason or "another rank"
+        finally:
+            batches.close()
+        return None
+
+    def _after_step(
+        self,
+        metrics: MetricsLog | None,
+        interval: int,
+        values: dict[str, Any],
+        is_stopped: bool,
+        bar: tqdm,
+    ) -> None:
+        """Whatever is due. The last validation comes before the last checkpoint, which holds it."""
+        self.checkpointer.poll()
         if not self._rate_is_known and self.step >= _MEASURED_STEPS:
             self._fix_max_steps()
-        last = self.step == self.max_steps
-        if metrics is not None and (self.step % config.log_interval == 0 or last):
-            metrics.write(self.step, values | {"tokens_per_s": values["tokens"] / elapsed})
-        if self.step % config.val_interval == 0 or last:
+            bar.total = self.max_steps
+        bar.update()
+        is_last = self.step >= self.max_steps
+        if metrics is not None and (self.step % interval == 0 or is_last):
+            rates = self.throughput.report()
+            metrics.write(self.step, values | rates)
+            mfu = "n/a" if rates["mfu"] is None else f"{100 * rates['mfu']:.1f}%"
+            shown = f"{rates['tokens_per_s']:.0f}"
+            bar.set_postfix({"loss": f"{values['loss']:.3f}", "tokens/s": shown, "MFU": mfu})
+        if is_last or self.step % self.config.val_interval == 0:
             self.validation = self._validate(metrics)
-        if self.step % config.save_interval == 0 or last:
+        if is_last or is_stopped or self.step % self.checkpointer.config.interval == 0:
             if metrics is not None:
                 metrics.sync()
-            self.save()
+            self.checkpointer.save(self.step, self._progress())
 
     def _fix_max_steps(self) -> None:
         """The steps that fit into max_minutes at the speed so far, the same number on all ranks."""
         assert self.config.max_minutes is not None
-        fitting = int(self.config.max_minutes * 60 * self.step / self.seconds)
+        fitting = int(self.config.max_minutes * 60 * self.step / self.throughput.seconds)
         value = torch.tensor([max(self.step, fitting)], device=self.device)
         dist.broadcast(value, 0)
         self.max_steps = min(self.config.max_steps, int(value))
         self._rate_is_known = True
         log.info("%d steps fit into %.1f minutes", self.max_steps, self.config.max_minutes)
 
-    def train_step(self) -> dict[str, float]:
-        """Forward, backward and update on the next global_batch_size samples. Dropout depends on
-        the seed, the step and the rank alone."""
-        config = self.config
+    def train_step(self, prefetched: Prefetcher, stop: bool) -> tuple[dict[str, Any], bool]:
+        """Forward, backward and update on the next global_batch_size samples; values to log, and
+        whether any rank wants to stop. Dropout depends on the seed, the step and the rank alone.
+        """
         self.model.train()
-        torch.manual_seed(generator_seed(config.seed, f"step {self.step} rank {self.rank}"))
+        torch.manual_seed(generator_seed(self.config.seed, f"step {self.step} rank {self.rank}"))
         lr = learning_rate(self.optim, self.step, self.max_steps)
         set_learning_rate(self.optimizer, lr)
-        batches = [batch.to(self.device) for batch in self._micro_batches()]
-        valid = all_reduce_sum(torch.stack([batch.loss_mask.sum() for batch in batches]).sum())
+        with self.throughput.waiting():
+            work = prefetched.take()
+        counts = all_reduce_sum(torch.tensor([work.valid, stop], device=self.device))
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = token_losses(
-                self.model, batch, self.uses_retrieval, batch.loss_mask
-            ).sum() / valid.clamp_min(1)
+        for i, batch in enumerate(work.batches):
+            sum_over_replicas(self.model, is_last=i == len(work.batches) - 1)
+            losses = token_losses(self.model, batch, self.uses_retrieval, batch.loss_mask)
+            loss = losses.sum() / counts[0].clamp_min(1)
+            # FSDP takes the mean of the ranks' gradients.
             (loss * self.world_size).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self._trainable(), self.optim.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        tokens = self.config.global_batch_size * self.train_reader.seq_length
-        self.tokens += tokens
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return {
-            "loss": float(all_reduce_sum(total)),
-            "lr": lr,
-            "grad_norm": float(norm),
-            "tokens": float(tokens),
+        # Here the host waits for the device.
+        found = torch.stack([all_reduce_sum(total), norm, counts[1].float()]).tolist()
+        self._update(found[0], found[1])
+        self._count()
+        by_group = {
+            f"lr/decay{group['weight_decay']:g}_x{group['lr_mult']:g}": group["lr"]
+            for group in self.optimizer.param_groups
         }
+        values = {"loss": found[0], "lr": lr, **by_group, "grad_norm": found[1]}
+        return values | {"skipped_steps": self.skipped, "tokens": self.tokens}, found[2] > 0
+
+    def _update(self, loss: float, norm: float) -> None:
+        """The optimizer's step; none if loss or gradients are not finite.
+
+        Raises:
+            TrainerError: many steps in a row were not finite.
+        """
+        if isfinite(loss) and isfinite(norm):
+            self.optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+            log.warning("step %d skipped: loss %s, gradient norm %s", self.step, loss, norm)
+        self.optimizer.zero_grad()
+        if self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise TrainerError(
+                f"{_MOST_SKIPPED} steps in a row, to step {self.step}, had a loss or gradients that"
+                f" are not finite (loss {loss}, norm {norm}); the run has diverged: start another "
+                "with a smaller optim.lr, or from an earlier checkpoint"
+            )
+
+    def _count(self) -> None:
+        samples = self.config.global_batch_size
+        tokens = samples * self.data.train.seq_length
+        self.throughput.count(samples, tokens, tokens * 2 * self.data.train.neighbors)
+        self.step += 1
+        self.samples += samples
+        self.tokens += tokens
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _micro_batches(self) -> list[Batch]:
-        """This rank's share of the step's samples."""
+    def _batches(self, step: int) -> list[Batch]:
         config = self.config
-        first = self.step * config.global_batch_size + self.rank * self.per_rank
-        ids = sample_ids(first, self.per_rank, self.train_reader.num_samples, config.seed)
-        parts = ids.reshape(-1, config.micro_batch_size)
-        batches = [self.train_reader.read(part) for part in parts]
-        warmup = self.step < config.copy_warmup_steps
-        return [only_copies(batch) for batch in batches] if warmup else batches
+        share = rank_share(config.global_batch_size, step, self.rank, self.world_size)
+        batch = self.data.train.read(*share)
+        if step < config.copy_warmup_steps:
+            batch = only_copies(batch)
+        return batch.split(config.micro_batch_size)
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Traces the steps of profile_steps."""
+        first, last = self.config.profile_steps or (-1, -1)
+        if self.step + 1 == first:
+            activities = [ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profiler = profile(activities=activities)
+            self._profiler.start()
+        yield
+        if self.step == last and hasattr(self, "_profiler"):
+            self._profiler.stop()
+            with scratch_folder(join_url(self.run_url, "profile")) as scratch:
+                name = f"rank-{self.rank}.json.gz"
+                self._profiler.export_chrome_trace(str(scratch / name))
+                put_file(scratch / name, join_url(self.run_url, "profile", name))
+            del self._profiler
 
     def _validate(self, metrics: MetricsLog | None) -> dict[str, float]:
         """Validation losses over all ranks, with retrieval on (if the model has it) and off."""
-        if self.validation_reader is None:
+        reader = self.data.validation
+        if reader is None:
             return {}
         self.model.eval()
-        count = min(self.config.val_samples, self.validation_reader.num_samples)
+        count = min(self.config.val_samples, reader.num_samples)
         batches = batches_of(
             np.arange(count), self.config.micro_batch_size, self.rank, self.world_size
         )
         values = {}
         for name, retrieval in (("val_loss_on", True), ("val_loss_off", False)):
             if self.uses_retrieval or not retrieval:
-                sums = loss_sums(
-                    self.model, self.validation_reader, batches, retrieval, self.device
-                )
+                sums = loss_sums(self.model, reader, batches, retrieval, self.device)
                 reduced = all_reduce_sum(
                     torch.tensor(sums.values(), dtype=torch.float64, device=self.device)
                 )
@@ -249,39 +360,22 @@ class Trainer:
             metrics.write(self.step, values)
         return values
 
-    def save(self) -> None:
-        progress = {
+    def _progress(self) -> dict[str, Any]:
+        return {
             "step": self.step,
+            "samples": self.samples,
             "tokens": self.tokens,
+            "skipped_steps": self.skipped,
             "max_steps": self.max_steps,
             "fixed": self._rate_is_known,
-            "seconds": self.seconds,
+            "seconds": self.throughput.seconds,
             "validation": self.validation,
         }
-        save_checkpoint(
-            self.run_url,
-            self.step,
-            self.model,
-            self.optimizer,
-            progress,
-            self.config.keep_checkpoints,
-        )
 
     def _restore(self, progress: dict[str, Any]) -> None:
-        self.step, self.tokens = progress["step"], progress["tokens"]
-        self.seconds, self.validation = progress["seconds"], progress["validation"]
+        self.step, self.samples = progress["step"], progress["samples"]
+        self.tokens, self.skipped = progress["tokens"], progress["skipped_steps"]
+        self.throughput.seconds = progress["seconds"]
+        self.validation = progress["validation"]
         if progress["fixed"] and self.config.max_minutes is not None:
             self.max_steps, self._rate_is_known = progress["max_steps"], True
-
-
-def describe(config: TrainerConfig, optim: OptimConfig) -> dict[str, Any]:
-    """What determines the course of a run, for its configuration record."""
-    free = {
-        "micro_batch_size",
-        "log_interval",
-        "val_interval",
-        "val_samples",
-        "save_interval",
-        "keep_checkpoints",
-    }
-    return {k: v for k, v in asdict(config).items() if k not in free} | {"optim": asdict(optim)}

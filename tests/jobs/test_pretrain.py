@@ -1,147 +1,222 @@
-"""The training job as users start it: under torchrun, on one rank and two, stopped and resumed."""
+"""The training job as users start it, under torchrun; what a run does over starts and stops."""
 
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
-from pathlib import Path
 
+import fsspec
+import psutil
 import pytest
 import torch
 
 from jobs import mup_shapes
 from jobs.mup_shapes import MupShapesConfig
-from model.checkpoint import load_model
+from model.checkpoint import latest_checkpoint, load_model
 from model.config import ModelConfig
+from model.export import export_model, load_exported
 from model.retro import is_retrieval_parameter
+from tests.ranks import train
+from tests.s3_server import s3_server
+from tests.training_job import STEPS, assert_equal_tensors, job, losses, metrics, plain, tensors
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-STEPS = 6
 
 
-def pretrain(output, data, ranks, *options):
+def torchrun(output, data, ranks, *options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [o for o in options if o.startswith("--max_restarts")]
     command += [f"--nproc_per_node={ranks}", "-m", "jobs.pretrain", f"--output_url={output}"]
     command += [f"--data.train_url={data.training.url}", "--data.seq_length=64"]
     command += ["--model.hidden_size=32", "--model.ffn_hidden_size=64"]
     command += ["--model.num_attention_heads=2", "--model.dec_num_layers=3"]
     command += [f"--trainer.max_steps={STEPS}", "--trainer.global_batch_size=4"]
-    command += ["--trainer.micro_batch_size=2", "--trainer.save_interval=3"]
-    command += ["--trainer.log_interval=1", "--optim.warmup_steps=2", "--optim.lr=1e-2"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    command += ["--trainer.micro_batch_size=2", "--checkpoint.interval=3"]
+    command += ["--metrics.interval=1", "--optim.warmup_steps=2", "--optim.lr=1e-2"]
+    command += [o for o in options if not o.startswith("--max_restarts")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def retrieval_options(data, *more):
+def pretrain(output, data, ranks, *options):
+    started = torchrun(output, data, ranks, *options)
+    out, err = started.communicate(timeout=300)
+    assert started.returncode == 0, err[-3000:]
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def validated(data):
+    """Retrieval, and the training dataset in place of a validation dataset."""
     return (
         f"--data.retrieval_url={data.retrieval.url}",
         f"--data.train_map_url={data.map.url}",
         "--model.dec_cross_attention=[1]",
         "--model.enc_num_layers=1",
         "--model.enc_cross_attention=[0]",
-        *more,
+        f"--data.validation_url={data.training.url}",
+        f"--data.validation_map_url={data.map.url}",
+        "--trainer.val_samples=2",
     )
 
 
-def losses(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def validated(data):
-    """The training dataset stands in for a validation dataset."""
-    validation = (f"--data.validation_url={data.training.url}", "--trainer.val_samples=2")
-    return retrieval_options(data, f"--data.validation_map_url={data.map.url}", *validation)
-
-
-@pytest.fixture(scope="module")
-def result(data, tmp_path_factory):
-    return pretrain(tmp_path_factory.mktemp("single"), data, 1, *validated(data))
-
-
-@pytest.fixture(scope="module")
-def single(result):
-    return Path(result["run_url"])
-
-
-def test_a_complete_run_started_again_does_nothing_and_reports_the_same(single, result, data):
-    assert result["steps"] == STEPS
+def test_a_complete_run_started_again_does_nothing_and_reports_the_same(data, tmp_path):
+    result = pretrain(tmp_path, data, 2, *validated(data))
+    assert (result["steps"], result["world_size"]) == (STEPS, 2)
     assert result["tokens"] == STEPS * 4 * 64
     assert result["tokens_per_s"] > 0
     assert result["val_loss_on"] != result["val_loss_off"]
-    metrics = (single / "metrics.jsonl").read_text()
-    assert f'"val_loss_on": {result["val_loss_on"]}' in metrics
-    assert pretrain(single, data, 1, *validated(data)) == result
-    assert (single / "metrics.jsonl").read_text() == metrics
+    assert losses(tmp_path)[STEPS] < losses(tmp_path)[1] - 0.3
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert f'"val_loss_on": {result["val_loss_on"]}' in written
+    assert pretrain(tmp_path, data, 2, *validated(data)) == result
+    assert (tmp_path / "metrics.jsonl").read_text() == written
+
+
+def long_run(output, data, *options):
+    endless = ["--trainer.max_steps=100000", "--checkpoint.interval=5", "--optim.lr=1e-3"]
+    started = torchrun(output, data, 2, "--model.dec_cross_attention=[]", *endless, *options)
+    wait_for(lambda: latest_checkpoint(str(output)) is not None)
+    return started
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def rank_processes(started):
+    children = psutil.Process(started.pid).children()
+    return [p for p in children if p.status() != psutil.STATUS_ZOMBIE and is_rank(p.cmdline())]
+
+
+def is_rank(command):
+    return "jobs.pretrain" in command
+
+
+def saved_step(output):
+    record = latest_checkpoint(str(output))
+    return record["progress"]["step"] if record else 0
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_continues(data, tmp_path):
+    started = long_run(tmp_path, data, "--max_restarts=1")
+    try:
+        before = rank_processes(started)
+        assert len(before) == 2
+        before[1].kill()
+        wait_for(lambda: {p.pid for p in rank_processes(started)}.isdisjoint(p.pid for p in before))
+        step = saved_step(tmp_path)
+        wait_for(lambda: saved_step(tmp_path) > step + 5)
+        for rank in rank_processes(started):
+            rank.send_signal(signal.SIGUSR1)
+        out, err = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert started.returncode == 0, err[-3000:]
+    result = json.loads(out.strip().splitlines()[-1])
+    assert result["stopped"] == "SIGUSR1"
+    assert result["steps"] == saved_step(tmp_path) == metrics(tmp_path)[-1]["step"]
+    assert "continuing at step" in err
+
+
+def test_a_torchrun_that_is_told_to_end_leaves_a_checkpoint_of_the_last_step(data, tmp_path):
+    """Its own exit code is that of a signal."""
+    started = long_run(tmp_path, data)
+    started.send_signal(signal.SIGTERM)
+    started.communicate(timeout=120)
+    assert started.returncode != 0
+    last = metrics(tmp_path)[-1]["step"]
+    assert saved_step(tmp_path) == last > 5
 
 
 def test_a_bounded_run_that_lost_its_last_checkpoint_ends_with_one(data, tmp_path):
     """The number of steps is measured over the first 20, wherever a run continues."""
-    bounds = ("--trainer.max_minutes=1e-6", "--trainer.max_steps=1000", "--trainer.save_interval=7")
-    plain = ("--model.dec_cross_attention=[]", *bounds)
-    last = tmp_path / "checkpoints" / "step-00000020.json"
+    bounds = {"trainer__max_minutes": 1e-6, "trainer__max_steps": 1000, "checkpoint__interval": 7}
+    last = tmp_path / "run" / "checkpoints" / "step-00000020.json"
     for _ in range(2):
-        assert pretrain(tmp_path, data, 1, *plain)["steps"] == 20
+        assert train(job(data, tmp_path / "run", **plain(**bounds)), 1, tmp_path)["steps"] == 20
         last.unlink()
 
 
-def test_loss_falls_and_two_ranks_train_as_one(single, data, tmp_path):
-    assert pretrain(tmp_path, data, 2, *retrieval_options(data))["world_size"] == 2
-    one, two = losses(single), losses(tmp_path)
-    assert one.keys() == two.keys() == set(range(1, STEPS + 1))
-    assert one[STEPS] < one[1] - 0.3
-    assert max(abs(one[step] - two[step]) for step in one) < 1e-3
-
-
-def test_a_run_that_lost_its_last_checkpoint_repeats_the_steps(single, data, tmp_path):
-    pretrain(tmp_path, data, 1, *retrieval_options(data))
-    (tmp_path / "checkpoints" / f"step-{STEPS:08d}.json").unlink()
-    pretrain(tmp_path, data, 2, *retrieval_options(data))
-    whole, resumed = losses(single), losses(tmp_path)
-    assert resumed.keys() == whole.keys()
-    assert max(abs(whole[step] - resumed[step]) for step in whole) < 1e-3
-
-
 def test_fitting_retrieval_leaves_the_decoder_as_it_was(data, tmp_path):
-    pretrain(tmp_path / "plain", data, 1, "--model.dec_cross_attention=[]")
-    fitted = ("--trainable=retrieval", f"--init_url={tmp_path / 'plain'}")
-    pretrain(tmp_path / "retro", data, 2, *retrieval_options(data, *fitted))
-    plain, retro = load_model(str(tmp_path / "plain")), load_model(str(tmp_path / "retro"))
-    weights = dict(plain.named_parameters())
+    train(job(data, tmp_path / "plain", **plain()), 1, tmp_path)
+    fitted = {"trainable": "retrieval", "init_url": str(tmp_path / "plain")}
+    train(job(data, tmp_path / "retro", **fitted), 2, tmp_path)
+    assert metrics(tmp_path / "retro")[-1]["tflops_per_device"] is None
+    decoder, retro = load_model(str(tmp_path / "plain")), load_model(str(tmp_path / "retro"))
+    weights = dict(decoder.named_parameters())
     for name, parameter in retro.named_parameters():
         assert is_retrieval_parameter(name) or torch.equal(parameter, weights[name]), name
     tokens = torch.arange(2, 66)[None]
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    assert torch.equal(plain(tokens, mask), retro(tokens, mask))
+    assert torch.equal(decoder(tokens, mask), retro(tokens, mask))
     new = dict(retro.named_parameters())["layers.1.feed_forward_half.cross_attention.query.bias"]
     assert new.any()
 
 
-def test_a_modern_model_under_muP_trains_sharded_as_whole_and_resumes(data, tmp_path):
+def test_a_modern_model_under_muP_trains_sharded_resumes_and_is_exported(data, tmp_path):
     shapes = tmp_path / "shapes.bsh"
     modern = {"normalization": "rmsnorm", "activation": "swiglu", "bias": False}
     widths = {"hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 1}
     base = ModelConfig(**modern, **widths, cross_attention_gate=True)
     delta = replace(base, hidden_size=8, ffn_hidden_size=16, kv_channels=8)
-    base_job = MupShapesConfig(str(shapes), replace(base, kv_channels=16), delta)
-    mup_shapes.run(base_job)
-    options = [f"--model.{k}={str(v).lower()}" for k, v in modern.items()]
-    options += ["--model.cross_attention_gate=true", f"--shape_file={shapes}"]
-    options += ["--optim.name=muadamw", "--model.hidden_dropout=0.1"]
-    chosen = retrieval_options(data, *options)
-    pretrain(tmp_path / "whole", data, 2, *chosen)
-    pretrain(tmp_path / "parts", data, 2, *chosen)
-    (tmp_path / "parts" / "checkpoints" / f"step-{STEPS:08d}.json").unlink()
-    pretrain(tmp_path / "parts", data, 2, *chosen)
-    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
-    assert whole == parts
+    mup_shapes.run(MupShapesConfig(str(shapes), replace(base, kv_channels=16), delta))
+    changes = {f"model__{name}": value for name, value in modern.items()}
+    changes |= {"model__cross_attention_gate": True, "model__hidden_dropout": 0.1}
+    changes |= {"shape_file": str(shapes), "optim__name": "muadamw"}
+    config = job(data, tmp_path / "whole", **changes)
+    train(config, 2, tmp_path)
+    parts = replace(config, output_url=str(tmp_path / "parts"))
+    train(replace(parts, trainer=replace(parts.trainer, stop_after_steps=4)), 2, tmp_path)
+    train(parts, 2, tmp_path)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert metrics(tmp_path / "whole")[-1]["lr/decay0.1_x0.5"] > 0
     model = load_model(str(tmp_path / "whole"))
     assert model.config.output_width_mult == 2
     gate = dict(model.named_parameters())["layers.1.feed_forward_half.cross_attention.gate"]
     assert gate.abs() > 0
+    record = latest_checkpoint(str(tmp_path / "whole"))
+    assert record["width_scales"]["word_embeddings.weight"] == [1, 2.0]
+    export_model(str(tmp_path / "whole"), str(tmp_path / "exported"))
+    exported = dict(load_exported(str(tmp_path / "exported")).named_parameters())
+    assert_equal_tensors(exported, dict(model.named_parameters()))
+
+
+@pytest.fixture
+def bucket(data, monkeypatch):
+    with s3_server(monkeypatch):
+        filesystem = fsspec.filesystem("s3")
+        filesystem.mkdir("retromill-train")
+        for name, url in (("train", data.training.url), ("db", data.retrieval.url)):
+            filesystem.put(url, f"retromill-train/{name}", recursive=True)
+        filesystem.put(data.map.url, "retromill-train/map", recursive=True)
+        yield "s3://retromill-train"
+
+
+def test_a_run_on_object_storage_equals_a_local_one(bucket, data, tmp_path):
+    train(job(data, tmp_path / "run"), 2, tmp_path)
+    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    settings["RETROMILL_CACHE"] = str(tmp_path / "cache")
+    remote = {
+        "data__train_url": f"{bucket}/train",
+        "data__train_map_url": f"{bucket}/map",
+        "data__retrieval_url": f"{bucket}/db",
+        "checkpoint__asynchronous": True,
+    }
+    config = job(data, f"{bucket}/runs/a", **remote)
+    for steps in (3, None):
+        short = replace(config.trainer, stop_after_steps=steps)
+        result = train(replace(config, trainer=short), 2, tmp_path, environment=settings)
+        assert result["steps"] == (steps or STEPS)
+    assert_equal_tensors(tensors(config.output_url), tensors(tmp_path / "run"))
+    lines = fsspec.filesystem("s3").cat_file(f"{config.output_url}/metrics.jsonl").splitlines()
+    found = {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    assert found == losses(tmp_path / "run")
 
 
 def test_a_rank_ends_though_its_launcher_died_while_it_imported(data, tmp_path):

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ConfigError
@@ -66,7 +68,11 @@ def process_group(device: str, replicas: int) -> Iterator[DeviceMesh]:
         raise ConfigError(f"parallel.replicas is {replicas}, which does not divide {ranks} ranks")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # torchrun's ranks share one store over all restarts, in which the addresses of dead ranks stay.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         shape = (replicas, ranks // replicas)
         yield init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))

@@ -102,6 +102,14 @@ def rank_share(global_batch_size: int, step: int, rank: int, world_size: int) ->
     return step * global_batch_size + rank * count, count
 
 
+def seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:
+    """Of the device alone: `torch.manual_seed` notes a stack trace for every device that is not
+    there, step after step."""
+    on_gpu = device.type == "cuda"
+    generator = torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
+    generator.manual_seed(generator_seed(seed, f"step {step} rank {rank}"))
+
+
 class Trainer:
     """Trains a sharded model.
 
@@ -228,8 +236,9 @@ class Trainer:
             rates = self.throughput.report()
             metrics.write(self.step, values | rates)
             mfu = "n/a" if rates["mfu"] is None else f"{100 * rates['mfu']:.1f}%"
-            shown = f"{rates['tokens_per_s']:.0f}"
-            bar.set_postfix({"loss": f"{values['loss']:.3f}", "tokens/s": shown, "MFU": mfu})
+            rate = f"{rates['tokens_per_s']:.0f}"
+            shown = {"loss": f"{values['loss']:.3f}", "tokens/s": rate, "MFU": mfu}
+            bar.set_postfix(shown, refresh=False)
         if is_last or self.step % self.config.val_interval == 0:
             self.validation = self._validate(metrics)
         if is_last or is_stopped or self.step % self.checkpointer.config.interval == 0:
@@ -252,7 +261,7 @@ class Trainer:
         whether any rank wants to stop. Dropout depends on the seed, the step and the rank alone.
         """
         self.model.train()
-        torch.manual_seed(generator_seed(self.config.seed, f"step {self.step} rank {self.rank}"))
+        seed_dropout(self.device, self.config.seed, self.step, self.rank)
         lr = learning_rate(self.optim, self.step, self.max_steps)
         set_learning_rate(self.optimizer, lr)
         with self.throughput.waiting():

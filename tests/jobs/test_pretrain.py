@@ -27,25 +27,36 @@ from tests.training_job import STEPS, assert_equal_tensors, job, losses, metrics
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def torchrun(output, data, ranks, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [o for o in options if o.startswith("--max_restarts")]
-    command += [f"--nproc_per_node={ranks}", "-m", "jobs.pretrain", f"--output_url={output}"]
-    command += [f"--data.train_url={data.training.url}", "--data.seq_length=64"]
-    command += ["--model.hidden_size=32", "--model.ffn_hidden_size=64"]
-    command += ["--model.num_attention_heads=2", "--model.dec_num_layers=3"]
-    command += [f"--trainer.max_steps={STEPS}", "--trainer.global_batch_size=4"]
-    command += ["--trainer.micro_batch_size=2", "--checkpoint.interval=3"]
-    command += ["--metrics.interval=1", "--optim.warmup_steps=2", "--optim.lr=1e-2"]
-    command += [o for o in options if not o.startswith("--max_restarts")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Torchrun:
+    """A started torchrun; what it prints goes to files beside the run's folder."""
+
+    def __init__(self, output, data, ranks, *options, restarts=0):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--max_restarts={restarts}", f"--nproc_per_node={ranks}"]
+        command += ["-m", "jobs.pretrain", f"--output_url={output}"]
+        command += [f"--data.train_url={data.training.url}", "--data.seq_length=64"]
+        command += ["--model.hidden_size=32", "--model.ffn_hidden_size=64"]
+        command += ["--model.num_attention_heads=2", "--model.dec_num_layers=3"]
+        command += [f"--trainer.max_steps={STEPS}", "--trainer.global_batch_size=4"]
+        command += ["--trainer.micro_batch_size=2", "--checkpoint.interval=3"]
+        command += ["--metrics.interval=1", "--optim.warmup_steps=2", "--optim.lr=1e-2"]
+        self.out, self.err = output.with_suffix(".out"), output.with_suffix(".err")
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen([*command, *options], stdout=out, stderr=err)
+
+    def result(self):
+        code = self.process.wait(timeout=300)
+        assert code == 0, self.err.read_text()[-3000:]
+        return json.loads(self.out.read_text().strip().splitlines()[-1])
+
+    def ranks(self):
+        children = psutil.Process(self.process.pid).children()
+        living = [p for p in children if p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in living if "jobs.pretrain" in p.cmdline()]
 
 
 def pretrain(output, data, ranks, *options):
-    started = torchrun(output, data, ranks, *options)
-    out, err = started.communicate(timeout=300)
-    assert started.returncode == 0, err[-3000:]
-    return json.loads(out.strip().splitlines()[-1])
+    return Torchrun(output, data, ranks, *options).result()
 
 
 def validated(data):
@@ -63,22 +74,24 @@ def validated(data):
 
 
 def test_a_complete_run_started_again_does_nothing_and_reports_the_same(data, tmp_path):
-    result = pretrain(tmp_path, data, 2, *validated(data))
+    run = tmp_path / "run"
+    result = pretrain(run, data, 2, *validated(data))
     assert (result["steps"], result["world_size"]) == (STEPS, 2)
     assert result["tokens"] == STEPS * 4 * 64
     assert result["tokens_per_s"] > 0
     assert result["val_loss_on"] != result["val_loss_off"]
-    assert losses(tmp_path)[STEPS] < losses(tmp_path)[1] - 0.3
-    written = (tmp_path / "metrics.jsonl").read_text()
+    assert losses(run)[STEPS] < losses(run)[1] - 0.3
+    written = (run / "metrics.jsonl").read_text()
     assert f'"val_loss_on": {result["val_loss_on"]}' in written
-    assert pretrain(tmp_path, data, 2, *validated(data)) == result
-    assert (tmp_path / "metrics.jsonl").read_text() == written
+    assert pretrain(run, data, 2, *validated(data)) == result
+    assert (run / "metrics.jsonl").read_text() == written
 
 
-def long_run(output, data, *options):
+def long_run(output, data, restarts):
     endless = ["--trainer.max_steps=100000", "--checkpoint.interval=5", "--optim.lr=1e-3"]
-    started = torchrun(output, data, 2, "--model.dec_cross_attention=[]", *endless, *options)
-    wait_for(lambda: latest_checkpoint(str(output)) is not None)
+    plain = "--model.dec_cross_attention=[]"
+    started = Torchrun(output, data, 2, plain, *endless, restarts=restarts)
+    wait_for(lambda: saved_step(output) > 0)
     return started
 
 
@@ -89,49 +102,35 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-def rank_processes(started):
-    children = psutil.Process(started.pid).children()
-    return [p for p in children if p.status() != psutil.STATUS_ZOMBIE and is_rank(p.cmdline())]
-
-
-def is_rank(command):
-    return "jobs.pretrain" in command
-
-
 def saved_step(output):
     record = latest_checkpoint(str(output))
     return record["progress"]["step"] if record else 0
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_continues(data, tmp_path):
-    started = long_run(tmp_path, data, "--max_restarts=1")
-    try:
-        before = rank_processes(started)
-        assert len(before) == 2
-        before[1].kill()
-        wait_for(lambda: {p.pid for p in rank_processes(started)}.isdisjoint(p.pid for p in before))
-        step = saved_step(tmp_path)
-        wait_for(lambda: saved_step(tmp_path) > step + 5)
-        for rank in rank_processes(started):
-            rank.send_signal(signal.SIGUSR1)
-        out, err = started.communicate(timeout=120)
-    finally:
-        started.kill()
-    assert started.returncode == 0, err[-3000:]
-    result = json.loads(out.strip().splitlines()[-1])
+    run = tmp_path / "run"
+    started = long_run(run, data, restarts=1)
+    before = started.ranks()
+    assert len(before) == 2
+    before[1].kill()
+    wait_for(lambda: not any(p.is_running() for p in before))
+    step = saved_step(run)
+    wait_for(lambda: saved_step(run) > step + 5)
+    for rank in started.ranks():
+        rank.send_signal(signal.SIGUSR1)
+    result = started.result()
     assert result["stopped"] == "SIGUSR1"
-    assert result["steps"] == saved_step(tmp_path) == metrics(tmp_path)[-1]["step"]
-    assert "continuing at step" in err
+    assert result["steps"] == saved_step(run) == metrics(run)[-1]["step"]
+    assert "continuing at step" in started.err.read_text()
 
 
 def test_a_torchrun_that_is_told_to_end_leaves_a_checkpoint_of_the_last_step(data, tmp_path):
     """Its own exit code is that of a signal."""
-    started = long_run(tmp_path, data)
-    started.send_signal(signal.SIGTERM)
-    started.communicate(timeout=120)
-    assert started.returncode != 0
-    last = metrics(tmp_path)[-1]["step"]
-    assert saved_step(tmp_path) == last > 5
+    started = long_run(tmp_path / "run", data, restarts=0)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(timeout=120) != 0
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert saved_step(tmp_path / "run") == last > 5
 
 
 def test_a_bounded_run_that_lost_its_last_checkpoint_ends_with_one(data, tmp_path):

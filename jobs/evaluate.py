@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from etl.dataset import Dataset
+from etl.dataset import Dataset, check_no_leak
 from etl.manifest import HELD_OUT
 from indexing.embeddings import dataset_tokenizer
 from indexing.knn_manifest import open_map
@@ -16,7 +16,7 @@ from jobs.command_line import run_job
 from model.checkpoint import check_tokenizer, load_model, require_checkpoint
 from model.evaluation import batches_of, loss_sums
 from model.retro import Retro
-from model.samples import NeighborReader, RandomNeighborReader, SampleReader
+from model.samples import NeighborReader, RandomNeighborReader, SampleReader, split_documents
 from model.scoring import scored_tokens, token_byte_counts
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class EvaluateConfig:
     Attributes:
         run_url: Folder of the jobs.pretrain run.
         dataset_url: Folder of a held-out dataset.
+        splits_string: The weights that a run split this dataset by; its last part, test, is scored.
         retrieval_url: Folder of the retrieval dataset; for a model with retrieval.
         map_url: Folder of the held-out dataset's KNN map; for a model with retrieval.
         seq_length: Tokens of a sample.
@@ -43,6 +44,7 @@ class EvaluateConfig:
 
     run_url: str
     dataset_url: str
+    splits_string: str | None = None
     retrieval_url: str | None = None
     map_url: str | None = None
     seq_length: int = 2048
@@ -55,10 +57,10 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     dataset = Dataset(config.dataset_url)
-    if dataset.manifest.split not in HELD_OUT:
+    if dataset.manifest.split not in HELD_OUT and config.splits_string is None:
         raise ValueError(
             f"{config.dataset_url} is the {dataset.manifest.split} dataset; expected one of "
-            f"{HELD_OUT}"
+            f"{HELD_OUT}, or the splits_string that its run was given"
         )
     record = require_checkpoint(config.run_url)
     check_tokenizer(record, dataset.manifest)
@@ -98,20 +100,25 @@ def _parameters(model: Retro) -> int:
 
 
 def _readers(config: EvaluateConfig, dataset: Dataset) -> dict[str, SampleReader]:
-    readers = {"off": SampleReader(dataset, config.seq_length)}
+    part = None
+    if config.splits_string is not None:
+        part = split_documents(config.splits_string, dataset.num_documents)[2]
+    readers = {"off": SampleReader(dataset, config.seq_length, documents=part)}
     if config.map_url is None or config.retrieval_url is None:
         return readers
     built, retrieval = open_map(config.map_url), Dataset(config.retrieval_url)
+    check_no_leak(dataset, retrieval, part)
     for mode, kind in (("on", NeighborReader), ("random", RandomNeighborReader)):
         neighbors = kind.open(dataset, built, retrieval, config.neighbors)
-        readers[mode] = SampleReader(dataset, config.seq_length, neighbors)
+        readers[mode] = SampleReader(dataset, config.seq_length, neighbors, part)
     return readers
 
 
 def _samples(reader: SampleReader, scored: Any, limit: int | None) -> Any:
     """Numbers of the samples in which something is scored."""
-    labels = np.flatnonzero(scored)
-    numbers = np.unique((labels[labels > 0] - 1) // reader.seq_length)
+    labels = np.flatnonzero(scored) - reader.first_token
+    labels = labels[(labels > 0) & (labels < reader.num_tokens)]
+    numbers = np.unique((labels - 1) // reader.seq_length)
     if len(numbers) == 0:
         raise ValueError(
             f"{reader.dataset.url}: nothing to score; no document matches sources and "

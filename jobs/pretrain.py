@@ -84,7 +84,7 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         end_with(STARTED_BY)
     data = open_data(config.data, bool(config.model.dec_cross_attention), config.trainer.seed)
     shapes = read_shape_file(config.shape_file) if config.shape_file else None
-    model = Retro(_model_config(config, data.datasets[0], shapes))
+    model = Retro(model_config(config, data.datasets[0], shapes))
     scales = width_scales(model, shapes) if shapes else None
     check_name(config.optim, scales)
     if config.trainable == "retrieval" and not (model.config.has_retrieval and config.init_url):
@@ -101,17 +101,18 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         _prepare_weights(config, model, scales, data.datasets[0])
         model.to(config.device)
         parallelize(model, mesh, config.parallel)
-        result = _trainer(config, model, mesh, data, scales).run(config.metrics)
+        result = trainer_of(config, model, mesh, data, scales).run(config.metrics)
         return {"run_url": config.output_url, **result} if mesh.get_rank() == 0 else None
 
 
-def _trainer(
+def trainer_of(
     config: PretrainConfig,
     model: Retro,
     mesh: DeviceMesh,
     data: TrainingData,
     scales: WidthScales | None,
 ) -> Trainer:
+    """Of a model that is initialised and sharded."""
     optimizer = build_optimizer(config.optim, model, scales)
     about = {
         "run": asdict(config),
@@ -130,9 +131,10 @@ def _trainer(
     return Trainer(loop, optim, model, optimizer, mesh, data, checkpointer, throughput)
 
 
-def _model_config(
+def model_config(
     config: PretrainConfig, dataset: Dataset, shapes: BaseShapes | None
 ) -> RetroConfig:
+    """The configured shape, with what the dataset and a muP shape file say."""
     manifest = dataset.manifest
     standard = RetroConfig(
         **asdict(config.model),

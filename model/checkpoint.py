@@ -94,8 +94,7 @@ class Checkpointer:
         record = latest_checkpoint(self.run_url)
         if record is None:
             return None
-        check_files(record)
-        load(self._state(), storage_reader=_Reader(record["folder"]), process_group=self._group)
+        load(self._state(), storage_reader=_open(record), process_group=self._group)
         self._saved_step = record["progress"]["step"]
         return record["progress"]
 
@@ -247,8 +246,12 @@ def _file_sizes(url: str) -> dict[str, int]:
     return {name.rpartition("/")[2]: int(entry["size"]) for name, entry in entries.items()}
 
 
-def check_files(record: dict[str, Any]) -> None:
-    """Raises StorageError when a file of a checkpoint is missing or has another size."""
+def _open(record: dict[str, Any]) -> _Reader:
+    """A checkpoint's files.
+
+    Raises:
+        StorageError: one is missing or of another size, or their list of tensors is damaged.
+    """
     found, expected = _file_sizes(record["folder"]), record["files"]
     wrong = {
         name: (found.get(name), size) for name, size in expected.items() if found.get(name) != size
@@ -258,6 +261,9 @@ def check_files(record: dict[str, Any]) -> None:
             f"{record['folder']}: the checkpoint is damaged, (bytes found, expected) {wrong}; to "
             f"go on from the one before it, delete {record['folder'].rpartition('-')[0]}.json"
         )
+    reader = _Reader(record["folder"])
+    reader.read_metadata()
+    return reader
 
 
 def _absolute(url: str) -> str:
@@ -342,13 +348,12 @@ def load_weights(record: dict[str, Any], model: Retro) -> None:
         StorageError: the checkpoint lacks other parameters, or was made for another shape,
             vocabulary or chunk size.
     """
-    stored = config_of(record)
-    check_files(record)
+    stored, reader = config_of(record), _open(record)
     _check_compatible(stored, model.config, record["folder"])
     state = {name: p.detach() for name, p in model.named_parameters()}
     if not stored.has_retrieval:
         state = {name: value for name, value in state.items() if not is_retrieval_parameter(name)}
-    _load({"model": state}, _Reader(record["folder"]))
+    _load({"model": state}, reader)
 
 
 def _load(state: dict[str, Any], reader: _Reader) -> None:
@@ -360,8 +365,7 @@ def _load(state: dict[str, Any], reader: _Reader) -> None:
 
 def load_tensors(record: dict[str, Any]) -> dict[str, Tensor]:
     """Everything in a checkpoint, weights and optimizer state, whole and by name, on the CPU."""
-    check_files(record)
-    reader = _Reader(record["folder"])
+    reader = _open(record)
     stored = reader.read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

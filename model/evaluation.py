@@ -88,9 +88,9 @@ def loss_sums(
     keep step).
 
     Args:
-        scored: [num_tokens] positions of the dataset's token stream that count as labels; all by
+        scored: [tokens] positions of the dataset's token stream that count as labels; all by
             default.
-        byte_counts: [num_tokens] bytes of text that each token of the stream stands for; without
+        byte_counts: [tokens] bytes of text that each token of the stream stands for; without
             it bytes are 0.
     """
     total = LossSums(0, 0, 0, 0, 0)
@@ -99,13 +99,13 @@ def loss_sums(
         counted = np.maximum(numbers, 0)
         mask = batch.loss_mask & torch.from_numpy(numbers >= 0).to(device)[:, None]
         if scored is not None:
-            chosen = _of_labels(scored, counted, reader.seq_length)
+            chosen = _of_labels(scored, counted, reader)
             mask &= torch.from_numpy(chosen).to(device)
         losses = token_losses(model, batch, retrieval, mask).double()
         before = before_first_retrieval(batch, model.config.eod_id, model.config.chunk_size)[mask]
         lengths = 0.0
         if byte_counts is not None:
-            lengths = _of_labels(byte_counts, counted, reader.seq_length)[mask.cpu().numpy()].sum()
+            lengths = _of_labels(byte_counts, counted, reader)[mask.cpu().numpy()].sum()
         total += LossSums(
             float(losses.sum()),
             float(mask.sum()),
@@ -116,9 +116,13 @@ def loss_sums(
     return total
 
 
-def _of_labels(values: NDArray[Any], numbers: NDArray[np.int64], seq_length: int) -> NDArray[Any]:
-    """[B, S] the values [num_tokens] of the labels of each position; 0 beyond the stream."""
-    positions = numbers[:, None] * seq_length + np.arange(1, seq_length + 1)
+def _of_labels(
+    values: NDArray[Any], numbers: NDArray[np.int64], reader: SampleReader
+) -> NDArray[Any]:
+    """[B, S] the values, of a dataset's tokens, of the labels of each position; 0 beyond the
+    stream."""
+    first = reader.first_token + numbers[:, None] * reader.seq_length
+    positions = first + np.arange(1, reader.seq_length + 1)
     inside = positions < len(values)
     return np.where(inside, values[np.where(inside, positions, 0)], 0).astype(values.dtype)
 

@@ -190,6 +190,11 @@ class SampleReader:
         return int(firsts[first]), int(firsts[stop])
 
     @property
+    def first_token(self) -> int:
+        """Place of the first sample's first token in the dataset's token stream."""
+        return self._first_chunk * self.dataset.chunk_size
+
+    @property
     def neighbors(self) -> int:
         """Neighbors of each chunk; 0 without retrieval."""
         return self.retrieval.neighbors if self.retrieval is not None else 0

@@ -201,7 +201,7 @@ class Trainer:
             mininterval=2,
             disable=self.rank != 0,
         )
-        batches = Prefetcher(self._batches, self.device, first, self.max_steps)
+        batches = Prefetcher(self.batches, self.device, first, self.max_steps)
         interruption = Interruption(config.stop_after_steps, config.stop_after_seconds)
         try:
             with bar, interruption:
@@ -320,7 +320,8 @@ class Trainer:
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
         config = self.config
         share = rank_share(config.global_batch_size, step, self.rank, self.world_size)
         batch = self.data.train.read(*share)

@@ -7,7 +7,7 @@ from model.config import RetroConfig
 from model.evaluation import LossSums, batches_of, before_first_retrieval, loss_sums
 from model.initialization import initialize
 from model.retro import Retro
-from model.samples import NeighborReader, SampleReader
+from model.samples import NeighborReader, SampleReader, split_documents
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,21 @@ def test_sums_do_not_depend_on_batches_or_ranks(model, reader):
     assert whole.tokens == whole.bytes == reader.read(numbers).loss_mask.sum()
     for size, ranks in ((1, 1), (2, 1), (3, 2), (4, 3)):
         assert astuple(total(size, ranks)) == pytest.approx(astuple(whole), rel=1e-5)
+
+
+def test_parts_of_a_dataset_are_scored_by_their_own_tokens(model, data):
+    lengths = np.random.default_rng(0).random(data.training.num_chunks * data.training.chunk_size)
+
+    def total(part):
+        reader = SampleReader(data.training, 64, documents=part)
+        batches = batches_of(np.arange(reader.num_samples), 4)
+        return loss_sums(model, reader, batches, False, byte_counts=lengths)
+
+    whole = total(None)
+    parts = [total(part) for part in split_documents("70,20,10", data.training.num_documents)]
+    assert all(part.tokens > 0 for part in parts)
+    assert sum(part.tokens for part in parts) == whole.tokens
+    assert sum(part.bytes for part in parts) == pytest.approx(whole.bytes)
 
 
 def test_only_scored_labels_count(model, reader):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from model.checkpoint import freeze_decoder
+from model.config import ConfigError
 from model.optimizer import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from model.retro import is_retrieval_parameter
 from tests.model.test_causality import tiny
@@ -16,6 +17,26 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_its_share():
     assert rates[12] == pytest.approx(0.55)
     assert rates[20] == pytest.approx(0.1)
     assert learning_rate(CONFIG, 99, 20) == pytest.approx(0.1)
+
+
+def test_schedules_differ_after_the_warm_up():
+    def rates(schedule, **more):
+        config = OptimConfig(lr=2.0, min_lr_ratio=0.1, warmup_steps=4, schedule=schedule, **more)
+        return [learning_rate(config, step, 24) for step in range(25)]
+
+    linear, constant, wsd = rates("linear"), rates("constant"), rates("wsd", decay_steps=10)
+    assert linear[:4] == constant[:4] == wsd[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert linear[14] == pytest.approx(1.1)
+    assert linear[24] == wsd[24] == pytest.approx(0.2)
+    assert set(constant[4:]) == {2.0}
+    assert set(wsd[4:15]) == {2.0}
+    assert wsd[19] == pytest.approx(1.1)
+
+
+def test_steps_of_decay_belong_to_one_schedule():
+    for options in ({"schedule": "wsd"}, {"decay_steps": 5}):
+        with pytest.raises(ConfigError, match="decay_steps goes with wsd"):
+            OptimConfig(**options)
 
 
 def test_norms_and_biases_are_not_decayed_and_nothing_is_left_out():

@@ -4,11 +4,12 @@ import resource
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from jobs import evaluate
+from jobs.evaluate import EvaluateConfig
 from model import trainer
 from model.trainer import rank_share
 from tests.ranks import Ranks, train
@@ -215,7 +216,11 @@ def test_several_training_sets_and_a_split_by_documents(data, tmp_path):
     sets = {"data__train_url": [one, other], "data__train_map_url": [data.map.url] * 2}
     result = train(job(data, tmp_path / "two", data__train_weights=[3, 1], **sets), 2, tmp_path)
     assert result["steps"] == STEPS
-    split = plain(data__splits_string="80,20,0", trainer__val_samples=4)
+    weights = "70,20,10"
+    split = plain(data__splits_string=weights, trainer__val_samples=4)
     result = train(job(data, tmp_path / "split", **split), 2, tmp_path)
     assert 0 < result["val_loss_off"] < 10
-    assert Path(result["run_url"]).name == "split"
+    scored = EvaluateConfig(str(tmp_path / "split"), data.training.url, weights, seq_length=64)
+    assert 0 < evaluate.run(scored)["off"]["loss"] < 10
+    with pytest.raises(ValueError, match="is the train dataset"):
+        evaluate.run(replace(scored, splits_string=None))

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from etl.deadline import RemoteError
 from etl.manifest import DatasetManifest
 from etl.storage import StorageError, create_json, filesystem_of, join_url, read_json
-from model.config import RetroConfig
+from model.config import ConfigError, RetroConfig
 from model.retro import Retro, is_retrieval_parameter
 
 _FOLDER = "checkpoints"
@@ -63,6 +63,10 @@ class CheckpointConfig:
     keep_every: int | None = None
     asynchronous: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.interval, self.keep_last, self.keep_every or 1) < 1:
+            raise ConfigError(f"{self}: expected numbers of steps and checkpoints from 1 up")
+
 
 class Checkpointer:
     """Saves and restores a run's weights and optimizer state, on all ranks together.
@@ -87,11 +91,14 @@ class Checkpointer:
 
     def restore(self) -> dict[str, Any] | None:
         """Loads the newest checkpoint of the run in place; its progress, or None if there is none.
+        What killed writers left is removed.
 
         Raises:
             StorageError: a file of it is missing or has another size than recorded.
         """
         record = latest_checkpoint(self.run_url)
+        if dist.get_rank() == 0:
+            _remove_old(self.run_url, self.config)
         if record is None:
             return None
         load(self._state(), storage_reader=_open(record), process_group=self._group)
@@ -285,6 +292,8 @@ def _remove_old(run_url: str, config: CheckpointConfig) -> None:
     """Deletes records that are not to be kept, then every checkpoint folder that no record
     names."""
     filesystem, path = filesystem_of(join_url(run_url, _FOLDER))
+    if not filesystem.isdir(path):
+        return
     records = _records(run_url)
     for name in records[: -config.keep_last]:
         if not config.keep_every or int(name[len("step-") : -len(".json")]) % config.keep_every:

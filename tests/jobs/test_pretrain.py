@@ -30,9 +30,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 class Torchrun:
     """A started torchrun; what it prints goes to files beside the run's folder."""
 
-    def __init__(self, output, data, ranks, *options, restarts=0):
+    def __init__(self, output, data, ranks, *options, launcher=()):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--max_restarts={restarts}", f"--nproc_per_node={ranks}"]
+        command += [*launcher, f"--nproc_per_node={ranks}"]
         command += ["-m", "jobs.pretrain", f"--output_url={output}"]
         command += [f"--data.train_url={data.training.url}", "--data.seq_length=64"]
         command += ["--model.hidden_size=32", "--model.ffn_hidden_size=64"]
@@ -87,10 +87,10 @@ def test_a_complete_run_started_again_does_nothing_and_reports_the_same(data, tm
     assert (run / "metrics.jsonl").read_text() == written
 
 
-def long_run(output, data, restarts):
+def long_run(output, data, *launcher):
     endless = ["--trainer.max_steps=100000", "--checkpoint.interval=5", "--optim.lr=1e-3"]
     plain = "--model.dec_cross_attention=[]"
-    started = Torchrun(output, data, 2, plain, *endless, restarts=restarts)
+    started = Torchrun(output, data, 2, plain, *endless, launcher=launcher)
     wait_for(lambda: saved_step(output) > 0)
     return started
 
@@ -109,7 +109,7 @@ def saved_step(output):
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_continues(data, tmp_path):
     run = tmp_path / "run"
-    started = long_run(run, data, restarts=1)
+    started = long_run(run, data, "--max_restarts=1")
     before = started.ranks()
     assert len(before) == 2
     before[1].kill()
@@ -124,10 +124,13 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_continues(data, tmp_path):
     assert "continuing at step" in started.err.read_text()
 
 
-def test_a_torchrun_that_is_told_to_end_leaves_a_checkpoint_of_the_last_step(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_torchrun_that_is_told_to_end_leaves_a_checkpoint_of_the_last_step(
+    number, data, tmp_path
+):
     """Its own exit code is that of a signal."""
-    started = long_run(tmp_path / "run", data, restarts=0)
-    started.process.send_signal(signal.SIGTERM)
+    started = long_run(tmp_path / "run", data, "--signals-to-handle=SIGTERM,SIGUSR1")
+    started.process.send_signal(number)
     assert started.process.wait(timeout=120) != 0
     last = metrics(tmp_path / "run")[-1]["step"]
     assert saved_step(tmp_path / "run") == last > 5

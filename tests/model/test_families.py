@@ -12,6 +12,7 @@ from model.block_attention import attend_blocks, block_mask
 from model.config import ConfigError, RetroConfig
 from model.initialization import initialize, start_retrieval_from_decoder
 from model.retro import Retro, causal_mask, document_segments
+from model.rotary import rotary_table
 from tests.model.test_causality import (
     EOD,
     PAD,
@@ -200,17 +201,17 @@ def test_attention_by_blocks_is_attention_by_table(groups):
     torch.testing.assert_close(by_blocks, by_table, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_compile_without_graph_breaks(family):
-    model, (tokens, neighbors, mask) = tiny(**family), sample(16)
-    expected = run(model, tokens, neighbors, mask)
-    for layer in [*model.layers, *model.encoder.layers]:
-        layer.compile(backend="aot_eager", fullgraph=True)
-        layer.attention_half.compile(backend="aot_eager", fullgraph=True)
-        layer.feed_forward_half.compile(backend="aot_eager", fullgraph=True)
-    found = run(model, tokens, neighbors, mask)
-    torch.testing.assert_close(found, expected)
-    found.sum().backward()
+@torch.no_grad()
+def test_attention_by_blocks_compiles_within_its_layer():
+    layer = tiny().float().layers[0]
+    segments, real = torch.tensor([[0] * 9 + [1] * 7]), torch.ones(1, 16, dtype=torch.bool)
+    table = rotary_table(torch.arange(16), 8, 10000.0)
+    arguments = torch.randn(1, 16, 16), table, block_mask(segments, real), None
+    expected = layer(*arguments)
+    by_table = layer(*arguments[:2], Mask.of(causal_mask(segments, real), torch.float32), None)
+    torch.testing.assert_close(expected, by_table, atol=2e-6, rtol=2e-5)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(layer(*arguments), expected)
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout"])

@@ -5,6 +5,7 @@ import torch
 
 from model.parallel import checkpoint_activations, compile_layers
 from tests.model.test_causality import PAD, sample, tiny
+from tests.model.test_families import FAMILIES
 
 
 def gradients(model):
@@ -49,11 +50,12 @@ def test_recomputed_activations_give_the_same_gradients_for_less_memory(kind):
         size = smaller
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", ["none", "full"])
-def test_layers_compile_whole_and_compute_the_same(layers):
+def test_layers_compile_whole_and_compute_the_same(layers, family):
     """Traced without a break and differentiated by the compiler's front end; its back end for this
     machine would compile for minutes."""
-    model, compiled = tiny().train(), tiny().train()
+    model, compiled = tiny(**family).train(), tiny(**family).train()
     compiled.load_state_dict(model.state_dict())
     checkpoint_activations(compiled, layers)
     compile_layers(compiled, backend="aot_eager", fullgraph=True)

@@ -181,6 +181,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(asynchronous,
     assert "the checkpoint of step 4 could not be written: OSError: [Errno 27]" in said
     assert "that of step 2 is whole" in said
     assert_equal_tensors(tensors(tmp_path / "run"), expected)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
+    train(replace(config, trainer=replace(config.trainer, stop_after_steps=1)), 2, tmp_path)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 4
     assert train(config, 2, tmp_path)["steps"] == STEPS
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 4
 

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
@@ -121,14 +120,8 @@ class Checkpointer:
         writer = _Writer(folder)
         with self._explained(step):
             if self.config.asynchronous:
-                stager = DefaultStager(StagingOptions(False, False, False, False))
-                future = async_save(
-                    self._state(),
-                    storage_writer=writer,
-                    process_group=self._group,
-                    async_stager=stager,
-                )
-                cast(Future[Any], future).add_done_callback(lambda _: stager.close())
+                # The writer copies the state before it returns.
+                future = async_save(self._state(), storage_writer=writer, process_group=self._group)
                 self._pending = cast(Future[Any], future), step, record
             else:
                 save(self._state(), storage_writer=writer, process_group=self._group)

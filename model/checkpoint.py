@@ -208,17 +208,27 @@ class _Writer(FsspecWriter):
             raise
 
 
+_LIST_OF_TENSORS = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32"},
+}
+
+
 class _Unpickler(pickle.Unpickler):
     """Of a checkpoint's list of tensors: places, sizes and dtypes."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {
-            "torch.distributed.checkpoint.metadata": None,
-            "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-            "torch.serialization": {"_get_layout"},
-            "torch": {"Size", "float32", "bfloat16", "int64", "bool"},
-        }
-        if module in known and (known[module] is None or name in known[module]):
+        if name in _LIST_OF_TENSORS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of tensors")
 

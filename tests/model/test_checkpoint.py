@@ -1,6 +1,7 @@
 """What is not a whole checkpoint of the right model does not open."""
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -85,16 +86,28 @@ class Forged:
         return print, ("this must not run",)
 
 
-def test_a_list_of_tensors_that_would_run_something_is_refused(run, capsys):
+# Through a module that the list of tensors does name things of, which itself imports os.
+BY_DOTS = b"""\x80\x04\x8c%torch.distributed.checkpoint.metadata\x8c\x09os.getpid\x93)R."""
+
+
+@pytest.mark.parametrize(
+    ("forged", "named"),
+    [(pickle.dumps(Forged()), "builtins.print"), (BY_DOTS, "checkpoint.metadata.os.getpid")],
+)
+def test_a_list_of_tensors_that_would_run_something_is_refused(forged, named, run, capsys):
     path = folder_of(run) / ".metadata"
-    path.write_bytes(pickle.dumps(Forged()))
+    path.write_bytes(forged)
     record_path = run / "checkpoints" / "step-00000006.json"
     record = json.loads(record_path.read_text())
     record["files"][".metadata"] = path.stat().st_size
     record_path.write_text(json.dumps(record))
-    with pytest.raises(StorageError, match=r"builtins\.print has no place in a list of tensors"):
+    with pytest.raises(StorageError, match=f"{named} has no place in a list of tensors"):
         load_model(str(run))
     assert "must not run" not in capsys.readouterr().out
+
+
+def test_the_forged_list_would_run_elsewhere():
+    assert pickle.loads(BY_DOTS) == os.getpid()
 
 
 def test_text_of_another_tokenizer_is_refused(run, data):

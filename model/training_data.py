@@ -103,7 +103,8 @@ def open_data(config: DataConfig, with_retrieval: bool, seed: int) -> TrainingDa
         parts = split_documents(config.splits_string, train[0].num_documents)
         if retrieval is not None:
             check_no_leak(train[0], retrieval, (parts[1][0], parts[2][1]))
-        validation, validation_map = train[0], maps[0] if maps else None
+        if parts[1][0] < parts[1][1]:
+            validation, validation_map = train[0], maps[0] if maps else None
     readers = [reader(d, m, parts[0]) for d, m in zip(train, maps or [None] * len(train))]
     validated = reader(validation, validation_map, parts[1]) if validation is not None else None
     opened = dict.fromkeys(d for d in (*train, validation, retrieval) if d is not None)

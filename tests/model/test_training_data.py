@@ -131,6 +131,7 @@ def test_a_split_by_documents_shares_none(data):
         chunks.append(set(ids[:, :-1][inside[:, :-1]].tolist()))
     assert not chunks[0] & chunks[1]
     assert len(chunks[0] | chunks[1]) == data.training.num_chunks
+    assert open_data(replace(plain, splits_string="100,0,0"), False, 0).validation is None
 
 
 @pytest.fixture

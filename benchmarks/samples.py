@@ -56,13 +56,19 @@ class Tokenizer(NamedTuple):
     pad_id: int = _PAD
 
 
-def make_pieces(chunks: int, rng: np.random.Generator) -> list[Piece]:
-    """Random documents of `chunks` chunks together, or a few more. Some are in the cluster of the
-    one before."""
+def make_pieces(
+    chunks: int, rng: np.random.Generator, stream: NDArray[np.uint16] | None = None
+) -> list[Piece]:
+    """Documents of `chunks` chunks together, or a few more; of random ids, or cut from a stream of
+    them. Some are in the cluster of the one before."""
     pieces: list[Piece] = []
+    place = 0
     while chunks > 0:
         length = int(rng.lognormal(np.log(_DOCUMENT_TOKENS), _SPREAD)) + 1
         ids = rng.integers(0, _EOD, length).astype(np.uint16)
+        if stream is not None:
+            ids = stream.take(np.arange(place, place + length), mode="wrap")
+            place += length
         ids[-1] = _EOD
         content_hash = rng.bytes(16)
         clustered = bool(pieces) and rng.random() < _CLUSTERED
@@ -130,9 +136,11 @@ def write_map(
     return open_map(stage.url)
 
 
-def make_reader(folder: Path, chunks: int, num_shards: int) -> SampleReader:
+def make_reader(
+    folder: Path, chunks: int, num_shards: int, stream: NDArray[np.uint16] | None = None
+) -> SampleReader:
     rng = np.random.default_rng(0)
-    pieces = make_pieces(chunks, rng)
+    pieces = make_pieces(chunks, rng, stream)
     training = write_dataset(folder, "train", pieces, num_shards)
     retrieval = write_dataset(folder, "retrieval", pieces, num_shards)
     built = write_map(folder, training, retrieval, rng)

@@ -51,7 +51,7 @@ class Side:
         self.name, self.seconds = name, []
         data = open_data(config.data, bool(config.model.dec_cross_attention), 0)
         data.open_all()
-        model = Retro(model_config(config, data.datasets[0], None))
+        model = Retro(model_config(config, data.about, None))
         initialize(model, 0)
         model.to(config.device)
         parallelize(model, mesh, config.parallel)

@@ -1,7 +1,7 @@
 """The Spark session of `python -m jobs.X`: same settings file as spark-submit, a Java that works,
 this Python everywhere.
 
-Spark file: the only place besides `etl/prepare.py` that imports pyspark.
+Spark file, as `etl/prepare.py` and `indexing/join.py` are.
 """
 
 import os

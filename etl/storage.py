@@ -220,7 +220,7 @@ class RangeReader(io.RawIOBase):
         parts = []
         while self._position < self._bytes:
             stop = min(self._position + _RANGE_BYTES, self._bytes)
-            parts.append(self._range(self._position, stop))
+            parts.append(self.read_range(self._position, stop))
             self._position = stop
         return b"".join(parts)
 
@@ -228,12 +228,14 @@ class RangeReader(io.RawIOBase):
         stop = min(self._position + len(buffer), self._bytes)
         if stop <= self._position:
             return 0
-        data = self._range(self._position, stop)
+        data = self.read_range(self._position, stop)
         buffer[: len(data)] = data
         self._position = stop
         return len(data)
 
-    def _range(self, start: int, stop: int) -> bytes:
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes start .. stop - 1, asked for again with longer and longer pauses if they come
+        incomplete; from any thread."""
         found = 0
         for attempt in range(_READ_ATTEMPTS):
             time.sleep(attempt)

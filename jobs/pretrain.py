@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from etl.dataset import Dataset
+from etl.manifest import DatasetManifest
 from etl.storage import create_json, join_url, read_json
+from indexing.joined_manifest import JoinedManifest
 from jobs import STARTED_BY
 from jobs.command_line import run_job
 from model import flops
@@ -84,7 +85,7 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         end_with(STARTED_BY)
     data = open_data(config.data, bool(config.model.dec_cross_attention), config.trainer.seed)
     shapes = read_shape_file(config.shape_file) if config.shape_file else None
-    model = Retro(model_config(config, data.datasets[0], shapes))
+    model = Retro(model_config(config, data.about, shapes))
     scales = width_scales(model, shapes) if shapes else None
     check_name(config.optim, scales)
     if config.trainable == "retrieval" and not (model.config.has_retrieval and config.init_url):
@@ -98,7 +99,7 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         logging.getLogger().setLevel(logging.INFO if mesh.get_rank() == 0 else logging.WARNING)
         _claim_folder(config, shapes, data)
         data.open_all()
-        _prepare_weights(config, model, scales, data.datasets[0])
+        _prepare_weights(config, model, scales, data.about)
         model.to(config.device)
         parallelize(model, mesh, config.parallel)
         result = trainer_of(config, model, mesh, data, scales).run(config.metrics)
@@ -132,10 +133,9 @@ def trainer_of(
 
 
 def model_config(
-    config: PretrainConfig, dataset: Dataset, shapes: BaseShapes | None
+    config: PretrainConfig, manifest: DatasetManifest | JoinedManifest, shapes: BaseShapes | None
 ) -> RetroConfig:
     """The configured shape, with what the dataset and a muP shape file say."""
-    manifest = dataset.manifest
     standard = RetroConfig(
         **asdict(config.model),
         vocab_size=manifest.vocab_size,
@@ -177,14 +177,17 @@ def _claim_folder(config: PretrainConfig, shapes: BaseShapes | None, data: Train
 
 
 def _prepare_weights(
-    config: PretrainConfig, model: Retro, scales: WidthScales | None, dataset: Dataset
+    config: PretrainConfig,
+    model: Retro,
+    scales: WidthScales | None,
+    manifest: DatasetManifest | JoinedManifest,
 ) -> None:
     """Initial or loaded weights, before sharding; a run that continues overwrites them from its
     checkpoint."""
     initialize(model, config.trainer.seed, scales)
     if config.init_url is not None and latest_checkpoint(config.output_url) is None:
         record = require_checkpoint(config.init_url)
-        check_tokenizer(record, dataset.manifest)
+        check_tokenizer(record, manifest)
         load_weights(record, model)
         if config.trainable == "retrieval":
             start_retrieval_from_decoder(model)

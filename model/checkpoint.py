@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from etl.deadline import RemoteError
 from etl.manifest import DatasetManifest
 from etl.storage import StorageError, create_json, filesystem_of, join_url, read_json
+from indexing.joined_manifest import JoinedManifest
 from model.config import ConfigError, RetroConfig
 from model.retro import Retro, is_retrieval_parameter
 
@@ -397,7 +398,7 @@ def load_model(run_url: str) -> Retro:
     return model.eval()
 
 
-def check_tokenizer(record: dict[str, Any], manifest: DatasetManifest) -> None:
+def check_tokenizer(record: dict[str, Any], manifest: DatasetManifest | JoinedManifest) -> None:
     """Refuses a dataset whose token ids mean something else than those that a checkpoint was
     trained on.
 

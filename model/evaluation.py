@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.retro import Retro, document_segments
-from model.samples import SampleReader, TensorBatch
+from model.samples import Samples, TensorBatch
 
 
 def token_losses(
@@ -77,7 +77,7 @@ def before_first_retrieval(batch: TensorBatch, eod_id: int, chunk_size: int) -> 
 @torch.no_grad()
 def loss_sums(
     model: Retro,
-    reader: SampleReader,
+    reader: Samples,
     batches: Sequence[NDArray[np.int64]],
     retrieval: bool,
     device: torch.device | str = "cpu",
@@ -116,9 +116,7 @@ def loss_sums(
     return total
 
 
-def _of_labels(
-    values: NDArray[Any], numbers: NDArray[np.int64], reader: SampleReader
-) -> NDArray[Any]:
+def _of_labels(values: NDArray[Any], numbers: NDArray[np.int64], reader: Samples) -> NDArray[Any]:
     """[B, S] the values, of a dataset's tokens, of the labels of each position; 0 beyond the
     stream."""
     first = reader.first_token + numbers[:, None] * reader.seq_length

@@ -98,6 +98,11 @@ def export_model(
 
 def _first_dataset(record: dict[str, Any]) -> str:
     urls = record["run"]["data"]["train_url"]
+    if urls is None:
+        raise ValueError(
+            f"{record['folder']}: the run was trained on joined shards, which hold no tokenizer; "
+            "name a dataset that was made with it (dataset_url)"
+        )
     return urls if isinstance(urls, str) else urls[0]
 
 

@@ -8,7 +8,7 @@ The KNN map is keyed by chunk, so it serves any sequence length, order or batch.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from math import inf
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -140,6 +140,19 @@ def documents_of(dataset: Dataset, chunk_ids: NDArray[np.int64]) -> NDArray[np.i
     out = np.empty_like(ascending)
     out[order] = dataset.document_first_chunk.searchsorted(ascending, side="right") - 1
     return out.reshape(chunk_ids.shape)
+
+
+class Samples(Protocol):
+    """Numbered samples; `first_token` is the place of the first one's first token in its dataset's
+    token stream."""
+
+    @property
+    def seq_length(self) -> int: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def first_token(self) -> int: ...
+    def read(self, samples: ArrayLike) -> Batch: ...
 
 
 class SampleReader:

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import fsspec
 
 FAULTS = ("503", "reset", "cut", "lost reply", "silent")
+SLOW_S = 1.0
 
 
 @dataclass
@@ -31,10 +32,11 @@ class Rule:
 
 
 class FaultProxy:
-    """Forwards to the server on `port`, except where a rule applies."""
+    """Forwards to the server on `port`, `latency_s` late, except where a rule applies."""
 
     def __init__(self, port):
         self.rules: list[Rule] = []
+        self.latency_s = 0.0
         self._lock = threading.Lock()
         proxy = self
 
@@ -44,11 +46,14 @@ class FaultProxy:
             def handle_any(self):
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length)
+                time.sleep(proxy.latency_s)
                 fault = proxy.fault_for(f"{self.command} {self.path}")
                 if fault == "503":
                     return self.answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
                 if fault == "silent":
                     return time.sleep(30)
+                if fault == "slow":
+                    time.sleep(SLOW_S)
                 if fault == "reset":
                     return self.reset()
                 status, headers, data = forward(port, self.command, self.path, self.headers, body)

@@ -7,7 +7,7 @@ from etl.dataset import Dataset, check_no_leak
 from etl.storage import StageFolder, StorageError, content_key, join_url
 from indexing.join_choice import MapRows
 from indexing.join_shards import JoinTask
-from indexing.joined import Compression, JoinedError, JoinedLayout
+from indexing.joined import Compression, JoinedError, JoinedLayout, encode_block
 from indexing.joined_manifest import FORMAT, VERSION
 from indexing.knn_manifest import BuiltMap, open_map
 
@@ -136,6 +136,7 @@ def _check_parents(training: Dataset, retrieval: Dataset, built_map: BuiltMap) -
 def describe_join(task: JoinTask, num_partitions: int) -> dict[str, Any]:
     """Sizes before compression, at most: a missing neighbor is not asked for.
 
+    stored_bytes: after compression, by what it gains on the block in the middle.
     documents_bytes: tables of the retrieval documents' keys, mapped by every task of the requests.
     memory_bytes: what the arrays of a task of the last step hold, without Spark itself.
     """
@@ -143,11 +144,15 @@ def describe_join(task: JoinTask, num_partitions: int) -> dict[str, Any]:
     block = layout.block_bytes(layout.samples_per_block)
     requests = task.num_samples * layout.chunks * layout.neighbors
     answers = requests * (_ROW_BYTES + task.payload_bytes)
+    size = whole * block + layout.block_bytes(task.num_samples % layout.samples_per_block)
+    example = task.example()
+    share = len(encode_block(example, layout)) / layout.block_bytes(len(example.tokens))
     return {
         "joined_url": task.folder.url,
         "samples": task.num_samples,
         "shards": task.num_shards,
-        "bytes": whole * block + layout.block_bytes(task.num_samples % layout.samples_per_block),
+        "bytes": size,
+        "stored_bytes": round(size * share),
         "requests": requests,
         "documents_bytes": 24 * Dataset(task.retrieval_url).num_documents,
         "shuffle_bytes": requests * (_ROW_BYTES + 8) + answers,

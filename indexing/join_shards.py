@@ -158,6 +158,19 @@ class JoinTask:
         }
         return self.folder.publish(self.record_name(i), value)
 
+    def example(self) -> JoinedBlock:
+        """The block in the middle with the first neighbors of the map's rows, banned or not: to
+        measure what compression gains."""
+        size = self.layout.samples_per_block
+        first = self.num_samples // size // 2 * size
+        samples = range(first, min(first + size, self.num_samples))
+        ids = self._candidates(MapRows(self.map), samples)[..., : self.layout.neighbors].ravel()
+        slots = np.flatnonzero(ids != NO_NEIGHBOR)
+        order = ids[slots].argsort()
+        rows = np.empty((len(slots), self.payload_bytes), np.uint8)
+        rows[order] = PayloadSource(self).read(ids[slots][order])
+        return self._block(Dataset(self.dataset_url), samples, Payloads(slots, rows))
+
     def _block(self, training: Dataset, samples: range, payloads: Payloads) -> JoinedBlock:
         """The block of samples with the neighbors' payloads; slots count from the block's first."""
         layout, count, pad = self.layout, len(samples), self.parents["pad_id"]

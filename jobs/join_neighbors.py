@@ -3,6 +3,7 @@ map and the retrieval dataset | writes a joined dataset: samples with their neig
 read from object storage.
 """
 
+import logging
 import time
 from typing import Any
 
@@ -11,12 +12,16 @@ from indexing.join import join
 from indexing.join_plan import JoinConfig, describe_join, plan_join
 from jobs.command_line import run_job
 
+log = logging.getLogger(__name__)
+
 
 def run(config: JoinConfig) -> dict[str, Any]:
     start = time.monotonic()
     task = plan_join(config)
+    plan = describe_join(task, config.num_partitions)
     if config.dry_run:
-        return describe_join(task, config.num_partitions)
+        return plan
+    log.info("%s", ", ".join(f"{name} {size}" for name, size in plan.items()))
     manifest = join(task, config.num_partitions, lambda: spark_session("retromill join_neighbors"))
     return {
         "joined_url": task.folder.url,

@@ -155,6 +155,7 @@ def _claim_folder(config: PretrainConfig, shapes: BaseShapes | None, data: Train
         "neighbors": data.train.neighbors or None,
         "train_weights": config.data.train_weights,
         "splits_string": config.data.splits_string,
+        "window_blocks": config.data.window_blocks if config.data.joined_url else None,
         "trainable": config.trainable,
         "precision": config.parallel.precision,
         "base_shapes": shapes,

@@ -358,6 +358,15 @@ def test_the_plan_says_what_it_will_cost(config):
     assert plan["requests"] == task.num_samples * 4 * 3
     assert plan["shuffle_bytes"] > plan["requests"] * task.payload_bytes
     assert describe_join(task, 4)["shuffle_bytes_a_partition"] < plan["shuffle_bytes_a_partition"]
+    assert plan["stored_bytes"] == plan["bytes"]
+
+
+def test_the_plan_measures_what_compression_gains(config, spark):
+    plan = describe_join(plan_join(replace(config, compression="zstd")), 2)
+    stored = joined(replace(config, compression="zstd"), spark).manifest.shards
+    found = sum(shard.data.bytes for shard in stored)
+    assert found < plan["bytes"]
+    assert plan["stored_bytes"] == pytest.approx(found, rel=0.3)
 
 
 def test_what_attempts_left_behind_is_removed(config, spark):

@@ -161,6 +161,8 @@ def test_a_streamed_run_that_was_killed_goes_on_with_other_ranks(joined_url, dat
                 started.kill(range(ranks))
             time.sleep(0.01)
         started.wait()
+    other = Ranks(replace(config, data=replace(config.data, window_blocks=3)), 1, tmp_path)
+    assert other.wait() == [2], "another order of samples"
     found, expected = losses(tmp_path / "killed"), losses(tmp_path / "whole")
     assert found.keys() == expected.keys() == set(range(1, 13))
     assert max(abs(found[step] - expected[step]) for step in found) < 1e-6 * expected[1]

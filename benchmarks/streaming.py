@@ -149,47 +149,43 @@ def check(sides: dict[str, Side], num_samples: int) -> None:
                 np.testing.assert_array_equal(theirs, ours, err_msg=message, strict=True)
 
 
-def serve(connection: Connection) -> None:
-    """An S3 server, until something comes."""
+def serve(connection: Connection, latency_s: float) -> None:
+    """An S3 server whose replies come so late, until something comes."""
     import pytest
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch):
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as proxy:
+        proxy.latency_s = latency_s
         connection.send({name: os.environ[name] for name in _SETTINGS})
         connection.recv()
 
 
 @contextmanager
-def other_process() -> Iterator[dict[str, str]]:
+def other_process(latency_s: float = 0.0) -> Iterator[dict[str, str]]:
     """The environment in which an S3 server of another process is found."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,))
+    process = context.Process(target=serve, args=(theirs, latency_s))
     process.start()
     try:
-        yield ours.recv()
+        yield ours.recv() | {"AWS_EC2_METADATA_DISABLED": "true"}
     finally:
         ours.send(None)
         process.join()
 
 
-def join_all(folder: Path, reader: SampleReader, arguments: Any) -> dict[str, JoinedDataset]:
-    assert reader.retrieval is not None
-    found = {}
-    for compression in COMPRESSIONS:
-        config = JoinConfig(
-            dataset_url=reader.dataset.url,
-            map_url=str(folder / "map"),
-            retrieval_url=reader.retrieval.retrieval.url,
-            output_url=str(folder / "joined"),
-            seq_length=reader.seq_length,
-            K_keep=reader.neighbors,
-            samples_per_block=arguments.block,
-            blocks_per_shard=8,
-            compression=compression,  # pyright: ignore[reportArgumentType]
-        )
-        found[compression] = join_plainly(config)
-    return found
+def join_data(folder: Path, block: int, compression: Any = "none") -> JoinedDataset:
+    """The data that make_reader wrote into a folder, joined."""
+    config = JoinConfig(
+        dataset_url=str(folder / "train"),
+        map_url=str(folder / "map"),
+        retrieval_url=str(folder / "retrieval"),
+        output_url=str(folder / "joined"),
+        samples_per_block=block,
+        blocks_per_shard=8,
+        compression=compression,
+    )
+    return join_plainly(config)
 
 
 def read_text(url: str, tokenizer_url: str) -> NDArray[np.uint16]:
@@ -272,10 +268,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, other_process() as settings:
-        os.environ |= settings | {"AWS_EC2_METADATA_DISABLED": "true"}
+        os.environ |= settings
         stream = read_text(arguments.text, arguments.tokenizer) if arguments.text else None
         reader = make_reader(Path(name), arguments.chunks, arguments.shards, stream)
-        joined = join_all(Path(name), reader, arguments)
+        joined = {c: join_data(Path(name), arguments.block, c) for c in COMPRESSIONS}
         sides = make_sides(reader, joined, arguments)
         check(sides, reader.num_samples)
         size = arguments.window_blocks * arguments.block

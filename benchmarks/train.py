@@ -4,24 +4,30 @@
     python benchmarks/train.py --preset jobs/configs/150m.yaml --micro_batch_size 16 \
       --global_batch_size 64 --device cuda --precision bf16 --compile
 
+    python benchmarks/train.py --micro_batch_size 2 --steps 8 --stream_latency_ms 20
+
 Batches, forward and backward passes, optimizer, metrics and TensorBoard are included, checkpoints
 and validation are not. Data are random documents with a random KNN map (benchmarks/samples.py).
 Both sides take steps in turn in one process; the first steps, which allocate and compile, do not
-count. The last line is JSON: by side the median seconds of a step, rates, MFU (null where the peak
-of the hardware is not known) and the share of time spent waiting for data; the overhead of
-retrieval in time and in operations.
+count. With --stream_latency_ms a third side streams joined shards from an S3 server on loopback
+whose replies come so late. The last line is JSON: by side the median seconds of a step, rates, MFU
+(null where the peak of the hardware is not known) and the share of time spent waiting for data; the
+overhead of retrieval in time and in operations.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 import yaml
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.samples import make_reader
+from benchmarks.streaming import join_data, other_process
 from jobs.pretrain import PretrainConfig, model_config, trainer_of
 from model.config import ModelConfig
 from model.flops import training_flops
@@ -120,6 +127,15 @@ def configurations(arguments: argparse.Namespace, folder: Path) -> dict[str, Pre
     return {"retro": retro, "decoder": plain}
 
 
+def streamed(retro: PretrainConfig, folder: Path) -> PretrainConfig:
+    """The same run from joined shards on the S3 server."""
+    filesystem = fsspec.filesystem("s3")
+    filesystem.mkdir("train")
+    filesystem.put(join_data(folder, block=16).url, "train/joined", recursive=True)
+    data = DataConfig(joined_url="s3://train/joined", seq_length=_LENGTH, window_blocks=16)
+    return replace(retro, output_url=str(folder / "streamed"), data=data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", default="jobs/configs/demo.yaml")
@@ -130,12 +146,19 @@ def main() -> None:
     parser.add_argument("--micro_batch_size", type=int, default=4)
     parser.add_argument("--global_batch_size", type=int)
     parser.add_argument("--chunks", type=int, default=100_000)
+    parser.add_argument("--stream_latency_ms", type=float)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, process_group(arguments.device, 1) as mesh:
-        make_reader(Path(name), arguments.chunks, 4)
-        found = configurations(arguments, Path(name))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        mesh = stack.enter_context(process_group(arguments.device, 1))
+        make_reader(folder, arguments.chunks, 4)
+        found = configurations(arguments, folder)
+        if arguments.stream_latency_ms is not None:
+            server = other_process(arguments.stream_latency_ms / 1000)
+            os.environ |= stack.enter_context(server)
+            found["streamed"] = streamed(found["retro"], folder)
         sides = [Side(side, config, mesh) for side, config in found.items()]
         for i in range(arguments.warmup + arguments.steps):
             for side in sides:

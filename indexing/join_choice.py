@@ -16,7 +16,7 @@ from etl.npy_file import write_npy
 from etl.retmmap import first_chunk_ids, read_sizes
 from etl.storage import RangeReader, StageFolder, StoredFile, scratch_folder
 from indexing.knn_manifest import BuiltMap
-from indexing.knn_map import HEADER, MAGIC, NO_NEIGHBOR, VERSION, KNNMapError
+from indexing.knn_map import HEADER, MAGIC, NO_NEIGHBOR, VERSION, KNNMapError, first_allowed
 
 
 class MapRows:
@@ -111,7 +111,7 @@ class DocumentKeys:
         return self._tables[s]
 
 
-def first_allowed(
+def kept_neighbors(
     ids: NDArray[np.int64], keys: NDArray[np.uint64], own: NDArray[np.uint64], keep: int
 ) -> NDArray[np.int64]:
     """[b, C, keep] the first of ids [b, C, k] that are there and whose document's keys
@@ -120,6 +120,4 @@ def first_allowed(
     The same choice as NeighborReader's of `model/samples.py`.
     """
     same = [np.isin(found, held).any(axis=-1) for found, held in zip(keys, own)]
-    banned = (ids == NO_NEIGHBOR) | np.asarray(same)
-    order = banned.argsort(axis=-1, kind="stable")[..., :keep]
-    return np.take_along_axis(np.where(banned, NO_NEIGHBOR, ids), order, axis=-1)
+    return first_allowed(ids, (ids == NO_NEIGHBOR) | np.asarray(same), keep)

@@ -145,8 +145,10 @@ def describe_join(task: JoinTask, num_partitions: int) -> dict[str, Any]:
     requests = task.num_samples * layout.chunks * layout.neighbors
     answers = requests * (_ROW_BYTES + task.payload_bytes)
     size = whole * block + layout.block_bytes(task.num_samples % layout.samples_per_block)
-    example = task.example()
-    share = len(encode_block(example, layout)) / layout.block_bytes(len(example.tokens))
+    share = 1.0
+    if layout.compression != "none":
+        example = task.example()
+        share = len(encode_block(example, layout)) / layout.block_bytes(len(example.tokens))
     return {
         "joined_url": task.folder.url,
         "samples": task.num_samples,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from etl.dataset import Dataset
 from etl.storage import StageFolder, StoredFile, scratch_folder
-from indexing.join_choice import DocumentKeys, MapRows, first_allowed, shard_stops, store_documents
+from indexing.join_choice import DocumentKeys, MapRows, kept_neighbors, shard_stops, store_documents
 from indexing.joined import JoinedBlock, JoinedError, JoinedLayout, JoinedShardWriter
 from indexing.joined_manifest import JoinedManifest, JoinedShard
 from indexing.knn_manifest import BuiltMap
@@ -103,7 +103,7 @@ class JoinTask:
             keys = np.zeros((*ids.shape, 2), np.uint64)
             keys[ids != NO_NEIGHBOR] = document_keys.of(ids[ids != NO_NEIGHBOR])
             own = training.chunk_keys(self._existing(training, part)[0][:, :-1])
-            chosen = first_allowed(ids, keys, own, self.layout.neighbors).ravel()
+            chosen = kept_neighbors(ids, keys, own, self.layout.neighbors).ravel()
             places = np.flatnonzero(chosen != NO_NEIGHBOR)
             shards = stops.searchsorted(chosen[places], side="right").astype(np.int32)
             yield Requests(shards, chosen[places], places + self._first_slot(samples, first))
@@ -159,16 +159,21 @@ class JoinTask:
         return self.folder.publish(self.record_name(i), value)
 
     def example(self) -> JoinedBlock:
-        """The block in the middle with the first neighbors of the map's rows, banned or not: to
-        measure what compression gains."""
+        """The block in the middle, to measure what compression gains. Its neighbors are chunks of
+        one retrieval shard instead of the map's: those would be in as many shards, all of which
+        would be fetched."""
         size = self.layout.samples_per_block
         first = self.num_samples // size // 2 * size
         samples = range(first, min(first + size, self.num_samples))
         ids = self._candidates(MapRows(self.map), samples)[..., : self.layout.neighbors].ravel()
         slots = np.flatnonzero(ids != NO_NEIGHBOR)
-        order = ids[slots].argsort()
         rows = np.empty((len(slots), self.payload_bytes), np.uint8)
-        rows[order] = PayloadSource(self).read(ids[slots][order])
+        if len(slots):
+            sizes = [s.num_chunks for s in Dataset(self.retrieval_url).manifest.shards]
+            largest = int(np.argmax(sizes))
+            chunks = sum(sizes[:largest]) + ids[slots] % sizes[largest]
+            order = chunks.argsort()
+            rows[order] = PayloadSource(self).read(chunks[order])
         return self._block(Dataset(self.dataset_url), samples, Payloads(slots, rows))
 
     def _block(self, training: Dataset, samples: range, payloads: Payloads) -> JoinedBlock:

@@ -141,6 +141,14 @@ class KNNMap:
                 )
 
 
+def first_allowed(
+    ids: NDArray[np.int64], banned: NDArray[np.bool_], keep: int
+) -> NDArray[np.int64]:
+    """[..., keep] the first ids of rows [..., K] that are not banned [..., K], then -1."""
+    order = banned.argsort(axis=-1, kind="stable")[..., :keep]
+    return np.take_along_axis(np.where(banned, NO_NEIGHBOR, ids), order, axis=-1)
+
+
 def merge(parts: Sequence[KNNMap], file: BinaryIO) -> None:
     """Writes the rows of all parts, sorted by chunk_start, as one map.
 

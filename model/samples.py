@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from etl.dataset import Dataset, check_no_leak
 from indexing.knn_manifest import BuiltMap
-from indexing.knn_map import NO_NEIGHBOR, KNNMap
+from indexing.knn_map import NO_NEIGHBOR, KNNMap, first_allowed
 from model.sampler import mix64
 
 T = TypeVar("T")
@@ -40,6 +40,28 @@ class Batch:
     loss_mask: NDArray[np.bool_]
     neighbors: NDArray[np.int32] | None = None
     neighbors_mask: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        stream: NDArray[Any],
+        pad_id: int,
+        breaks: tuple[NDArray[np.intp], NDArray[np.intp]],
+        neighbors: tuple[NDArray[np.int32], NDArray[np.bool_]] | None,
+    ) -> Self:
+        """Of tokens with their last label [B, S + 1] and neighbors with their mask; `breaks` are
+        the places, in [B, S], of the labels that begin another document than their input token's.
+        """
+        is_text = stream != pad_id
+        loss_mask = is_text[:, :-1] & is_text[:, 1:]
+        loss_mask[breaks] = False
+        return cls(
+            stream[:, :-1].astype(np.int32),
+            stream[:, 1:].astype(np.int64),
+            np.ascontiguousarray(is_text[:, :-1]),
+            loss_mask,
+            *(neighbors or (None, None)),
+        )
 
     def split(self, size: int) -> "list[Batch]":
         """Batches of `size` samples (views)."""
@@ -218,22 +240,13 @@ class SampleReader:
         existing = np.minimum(chunk_ids, self._stop_chunk - 1)
         stream = self._stream(existing, inside)
         documents, starts = self._documents(existing)
-        is_text = stream != self.dataset.manifest.pad_id
-        loss_mask = is_text[:, :-1] & is_text[:, 1:]
         sample, place = (starts > 0).nonzero()
-        loss_mask[sample, starts[sample, place] * self.dataset.chunk_size - 1] = False
-        neighbors = neighbors_mask = None
+        breaks = sample, starts[sample, place] * self.dataset.chunk_size - 1
+        neighbors = None
         if self.retrieval is not None:
             rows, present, keys = existing[:, :-1], inside[:, :-1], self._keys(documents, starts)
-            neighbors, neighbors_mask = self.retrieval.read(rows, present, keys)
-        return Batch(
-            tokens=stream[:, :-1].astype(np.int32),
-            labels=stream[:, 1:].astype(np.int64),
-            tokens_mask=np.ascontiguousarray(is_text[:, :-1]),
-            loss_mask=loss_mask,
-            neighbors=neighbors,
-            neighbors_mask=neighbors_mask,
-        )
+            neighbors = self.retrieval.read(rows, present, keys)
+        return Batch.of(stream, self.dataset.manifest.pad_id, breaks, neighbors)
 
     def chunk_ids(self, samples: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """[B, S / chunk_size + 1] the chunks that hold a sample's tokens and last label, and which
@@ -311,16 +324,10 @@ class NeighborReader:
         # Few rows begin with a banned neighbor: only these are looked at as a whole.
         sample, chunk = self._is_banned(chosen, keys).nonzero()[:2]
         if len(sample):
-            chosen[sample, chunk] = self._first_allowed(rows[sample, chunk], keys[sample])
+            rows = rows[sample, chunk]
+            banned = self._is_banned(rows, keys[sample])
+            chosen[sample, chunk] = first_allowed(rows, banned, self.neighbors)
         return chosen
-
-    def _first_allowed(
-        self, rows: NDArray[np.int64], keys: NDArray[np.uint64]
-    ) -> NDArray[np.int64]:
-        """[N, K] the first of rows [N, k] that keys [N, D, 2] do not ban, then -1."""
-        banned = self._is_banned(rows, keys)
-        order = banned.argsort(axis=-1, kind="stable")[:, : self.neighbors]
-        return np.take_along_axis(np.where(banned, NO_NEIGHBOR, rows), order, axis=-1)
 
     def _is_banned(self, ids: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """[N, ...] whether each id of ids [N, ...] is missing, or its document's key or cluster is

@@ -142,23 +142,14 @@ class JoinedReader:
         def gathered(name: str) -> NDArray[Any]:
             return _gathered([getattr(block, name) for block in held], owners, rows)
 
-        stream, pad = gathered("tokens"), self.joined.manifest.pad_id
-        is_text = stream != pad
-        loss_mask = is_text[:, :-1] & is_text[:, 1:]
-        # What a chunk that starts a document begins with is no label of the document before.
-        last = slice(self.chunk_size - 1, None, self.chunk_size)
-        loss_mask[:, last] &= gathered("starts")[:, 1:] == 0
+        pad = self.joined.manifest.pad_id
+        sample, chunk = gathered("starts")[:, 1:].nonzero()
         neighbors = None
         if self.neighbors:
-            neighbors = gathered("neighbor_tokens")[:, :, : self.neighbors].astype(np.int32)
-        return Batch(
-            tokens=stream[:, :-1].astype(np.int32),
-            labels=stream[:, 1:].astype(np.int64),
-            tokens_mask=np.ascontiguousarray(is_text[:, :-1]),
-            loss_mask=loss_mask,
-            neighbors=neighbors,
-            neighbors_mask=None if neighbors is None else neighbors != pad,
-        )
+            tokens = gathered("neighbor_tokens")[:, :, : self.neighbors].astype(np.int32)
+            neighbors = tokens, tokens != pad
+        breaks = sample, (chunk + 1) * self.chunk_size - 1
+        return Batch.of(gathered("tokens"), pad, breaks, neighbors)
 
 
 def _gathered(parts: list[NDArray], owners: NDArray, rows: NDArray) -> NDArray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from etl.storage import StageFolder, StoredFile
-from indexing.join_choice import DocumentKeys, MapRows, first_allowed, store_documents
+from indexing.join_choice import DocumentKeys, MapRows, kept_neighbors, store_documents
 from indexing.knn_map import KNNMapError
 
 
@@ -14,7 +14,7 @@ def test_the_first_that_share_no_key_and_no_cluster_are_kept(keep):
     ids = rng.integers(-1, 90, (5, 4, 6))
     keys = rng.integers(0, 40, (5, 4, 6, 2)).astype(np.uint64)
     own = rng.integers(0, 40, (5, 4, 2)).astype(np.uint64)
-    found = first_allowed(ids, keys, own, keep)
+    found = kept_neighbors(ids, keys, own, keep)
     reasons = set()
     for sample, chunk in np.ndindex(5, 4):
         held = {int(key) for key in own[sample].ravel()}

@@ -1,4 +1,4 @@
-"""Losses of a model on a dataset, with retrieval on or off, over chosen tokens.
+"""Losses of a model on samples, with retrieval on or off: their sums, and those of every chunk.
 
 Sums, never means of means: callers divide by the tokens (loss), exponentiate (perplexity), or
 divide by the bytes the tokens stand for (bits per byte).
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.retro import Retro, document_segments
-from model.samples import Samples, TensorBatch
+from model.samples import SampleReader, Samples, TensorBatch
 
 
 def token_losses(
@@ -27,20 +27,14 @@ def token_losses(
 
 @dataclass(frozen=True)
 class LossSums:
-    """Nats, tokens and bytes, over all scored tokens and over those before the first retrieval of
-    their document."""
+    """Nats and tokens, over all scored tokens and over those before the first retrieval of their
+    document; bytes of text that all of them stand for."""
 
     loss: float
     tokens: float
-    bytes: float
     loss_before: float
     tokens_before: float
-
-    def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
-
-    def values(self) -> tuple[float, ...]:
-        return (self.loss, self.tokens, self.bytes, self.loss_before, self.tokens_before)
+    bytes: float = 0.0
 
     def summary(self) -> dict[str, Any]:
         """loss (nats a token), ppl, bpb (bits a byte of text; null without bytes), and the loss
@@ -81,48 +75,72 @@ def loss_sums(
     batches: Sequence[NDArray[np.int64]],
     retrieval: bool,
     device: torch.device | str = "cpu",
-    scored: NDArray[np.bool_] | None = None,
-    byte_counts: NDArray[np.float64] | None = None,
-) -> LossSums:
-    """Sums over the samples numbered in `batches`; a number of -1 stands for an empty place (ranks
-    keep step).
-
-    Args:
-        scored: [tokens] positions of the dataset's token stream that count as labels; all by
-            default.
-        byte_counts: [tokens] bytes of text that each token of the stream stands for; without
-            it bytes are 0.
-    """
-    total = LossSums(0, 0, 0, 0, 0)
+) -> NDArray[np.float64]:
+    """[4] loss, tokens, loss_before, tokens_before over the samples numbered in `batches`; a number
+    of -1 stands for an empty place (ranks keep step)."""
+    total = np.zeros(4)
     for numbers in batches:
         batch = reader.read(np.maximum(numbers, 0)).to(device)
-        counted = np.maximum(numbers, 0)
         mask = batch.loss_mask & torch.from_numpy(numbers >= 0).to(device)[:, None]
-        if scored is not None:
-            chosen = _of_labels(scored, counted, reader)
-            mask &= torch.from_numpy(chosen).to(device)
-        losses = token_losses(model, batch, retrieval, mask).double()
-        before = before_first_retrieval(batch, model.config.eod_id, model.config.chunk_size)[mask]
-        lengths = 0.0
-        if byte_counts is not None:
-            lengths = _of_labels(byte_counts, counted, reader)[mask.cpu().numpy()].sum()
-        total += LossSums(
-            float(losses.sum()),
-            float(mask.sum()),
-            float(lengths),
-            float(losses[before].sum()),
-            float(before.sum()),
-        )
+        total += _of_labels(model, batch, retrieval, mask).sum(axis=1)
     return total
 
 
-def _of_labels(values: NDArray[Any], numbers: NDArray[np.int64], reader: Samples) -> NDArray[Any]:
-    """[B, S] the values, of a dataset's tokens, of the labels of each position; 0 beyond the
-    stream."""
-    first = reader.first_token + numbers[:, None] * reader.seq_length
-    positions = first + np.arange(1, reader.seq_length + 1)
-    inside = positions < len(values)
-    return np.where(inside, values[np.where(inside, positions, 0)], 0).astype(values.dtype)
+def _of_labels(
+    model: Retro, batch: TensorBatch, retrieval: bool, mask: torch.Tensor
+) -> NDArray[np.float64]:
+    """[4, n] loss, 1, and both again for labels before the first retrieval, else 0."""
+    losses = token_losses(model, batch, retrieval, mask).double()
+    before = before_first_retrieval(batch, model.config.eod_id, model.config.chunk_size)[mask]
+    rows = [losses, torch.ones_like(losses), losses * before, before.double()]
+    return torch.stack(rows).cpu().numpy()
+
+
+@torch.no_grad()
+def chunk_losses(
+    model: Retro,
+    reader: SampleReader,
+    batches: Sequence[NDArray[np.int64]],
+    retrieval: bool,
+    scored: NDArray[np.bool_],
+    byte_counts: NDArray[np.float64],
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float64]:
+    """[5, num_chunks of the dataset] the sums of `loss_sums`, and bytes, by the chunk of the label.
+
+    Samples overlap if the reader's stride is shorter than they are: each label counts in the first
+    sample that holds it, where it has at least seq_length - stride tokens of context (but for the
+    first sample).
+
+    Args:
+        batches: Numbers of samples.
+        scored: [tokens] positions of the dataset's token stream that count as labels.
+        byte_counts: [tokens] bytes of text that each token of the stream stands for.
+    """
+    num_chunks = reader.dataset.num_chunks
+    sums = np.zeros((5, num_chunks))
+    for numbers in batches:
+        mask, positions = scored_labels(reader, numbers, scored)
+        batch = reader.read(numbers)
+        mask &= batch.loss_mask
+        labels = positions[mask]
+        moved = batch.to(device)
+        values = _of_labels(model, moved, retrieval, torch.from_numpy(mask).to(device))
+        chunks = labels // reader.dataset.chunk_size
+        for row, each in zip(sums, [*values, byte_counts[labels]], strict=True):
+            row += np.bincount(chunks, each, num_chunks)
+    return sums
+
+
+def scored_labels(
+    reader: SampleReader, numbers: NDArray[np.int64], scored: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """([B, S] labels that count in these samples, [B, S] their places in the dataset's stream)."""
+    labels = np.arange(1, reader.seq_length + 1)
+    positions = reader.first_token + numbers[:, None] * reader.stride + labels
+    inside = positions < len(scored)
+    is_first_time = (numbers[:, None] == 0) | (labels > reader.seq_length - reader.stride)
+    return is_first_time & inside & scored[np.where(inside, positions, 0)], positions
 
 
 def batches_of(

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from etl.dataset import Dataset, check_no_leak
 from indexing.knn_manifest import BuiltMap
 from indexing.knn_map import NO_NEIGHBOR, KNNMap, first_allowed
-from model.sampler import mix64
 
 T = TypeVar("T")
 
@@ -165,15 +164,12 @@ def documents_of(dataset: Dataset, chunk_ids: NDArray[np.int64]) -> NDArray[np.i
 
 
 class Samples(Protocol):
-    """Numbered samples; `first_token` is the place of the first one's first token in its dataset's
-    token stream."""
+    """Numbered samples."""
 
     @property
     def seq_length(self) -> int: ...
     @property
     def num_samples(self) -> int: ...
-    @property
-    def first_token(self) -> int: ...
     def read(self, samples: ArrayLike) -> Batch: ...
 
 
@@ -182,10 +178,12 @@ class SampleReader:
 
     Args:
         documents: (first, stop) document numbers that samples are made of; all by default.
+        stride: Tokens from the start of a sample to that of the next; by default seq_length.
 
     Raises:
-        SampleError: seq_length is not a multiple of chunk_size, the dataset is a retrieval dataset,
-            the documents are none or not in it, or the map holds fewer neighbors than asked for.
+        SampleError: seq_length or stride is not a multiple of chunk_size, or stride is larger, the
+            dataset is a retrieval dataset, the documents are none or not in it, or the map holds
+            fewer neighbors than asked for.
         StorageError: the map was made for other datasets.
     """
 
@@ -195,19 +193,27 @@ class SampleReader:
         seq_length: int,
         retrieval: "NeighborReader | None" = None,
         documents: tuple[int, int] | None = None,
+        stride: int | None = None,
     ) -> None:
-        if seq_length < 1 or seq_length % dataset.chunk_size:
+        stride = seq_length if stride is None else stride
+        if (
+            not 0 < stride <= seq_length
+            or seq_length % dataset.chunk_size
+            or (stride % dataset.chunk_size)
+        ):
             raise SampleError(
-                f"seq_length {seq_length} is not a multiple of chunk_size {dataset.chunk_size}"
+                f"seq_length is {seq_length} and stride {stride}; expected multiples of chunk_size "
+                f"{dataset.chunk_size}, stride no more than seq_length"
             )
         if dataset.manifest.split == "retrieval":
             raise SampleError(
                 f"{dataset.url} is a retrieval dataset; samples come from train, validation or test"
             )
         self.dataset, self.seq_length, self.retrieval = dataset, seq_length, retrieval
+        self.stride = stride
         self._first_chunk, self._stop_chunk = self._chunks_of(documents)
         self.num_tokens = (self._stop_chunk - self._first_chunk) * dataset.chunk_size
-        self.num_samples = max(1, -(-(self.num_tokens - 1) // seq_length))
+        self.num_samples = max(1, 1 - (seq_length - self.num_tokens + 1) // stride)
 
     def _chunks_of(self, documents: tuple[int, int] | None) -> tuple[int, int]:
         dataset = self.dataset
@@ -252,7 +258,8 @@ class SampleReader:
         """[B, S / chunk_size + 1] the chunks that hold a sample's tokens and last label, and which
         of them exist."""
         per_sample = self.seq_length // self.dataset.chunk_size
-        first = self._first_chunk + np.asarray(samples, np.int64)[:, None] * per_sample
+        distance = self.stride // self.dataset.chunk_size
+        first = self._first_chunk + np.asarray(samples, np.int64)[:, None] * distance
         ids = first + np.arange(per_sample + 1)
         return ids, ids < self._stop_chunk
 
@@ -351,18 +358,3 @@ class NeighborReader:
         tokens = self.retrieval.get_chunk(np.maximum(ids, 0).ravel()).reshape(*ids.shape, -1)
         tokens[ids < 0] = pad
         return tokens.astype(np.int32), tokens != pad
-
-
-class RandomNeighborReader(NeighborReader):
-    """The control for evaluation: random chunks of other documents in place of the map's, as many
-    of them."""
-
-    def candidates(self, chunk_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        rows = super().candidates(chunk_ids)
-        places = (chunk_ids[..., None] * rows.shape[-1] + np.arange(rows.shape[-1])).astype(
-            np.uint64
-        )
-        random = (mix64(places + np.uint64(1)) % np.uint64(self.retrieval.num_chunks)).astype(
-            np.int64
-        )
-        return np.where(rows >= 0, random, NO_NEIGHBOR)

@@ -102,7 +102,6 @@ class JoinedReader:
                 f"of {layout.seq_length} tokens with {layout.neighbors} neighbors a chunk"
             )
         self.joined, self.neighbors, self._use_cache = joined, neighbors, use_cache
-        self.first_token = 0
         self.seq_length, self.chunk_size = layout.seq_length, layout.chunk_size
         self.num_samples, self.block_size = joined.manifest.num_samples, layout.samples_per_block
         self._pool = ThreadPoolExecutor(_FETCHERS, "blocks")

@@ -362,9 +362,7 @@ class Trainer:
         for name, retrieval in (("val_loss_on", True), ("val_loss_off", False)):
             if self.uses_retrieval or not retrieval:
                 sums = loss_sums(self.model, reader, batches, retrieval, self.device)
-                reduced = all_reduce_sum(
-                    torch.tensor(sums.values(), dtype=torch.float64, device=self.device)
-                )
+                reduced = all_reduce_sum(torch.from_numpy(sums).to(self.device))
                 values[name] = LossSums(*reduced.tolist()).summary()["loss"]
         if metrics is not None:
             metrics.write(self.step, values)

@@ -1,6 +1,7 @@
 """Ranks of a training job as processes of their own, as torchrun starts them, but forked from a
 server that has done the imports: they start in a fraction of a second."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -19,21 +20,25 @@ class Ranks:
     """A started job.
 
     Args:
-        config: A PretrainConfig.
+        config: Of the job: a PretrainConfig, or what `module` takes.
         world_size: Number of ranks.
         logs: Folder for what the ranks print, and the result of rank 0.
         prepare: A function of a module that each rank calls first.
         environment: Variables of the ranks.
+        module: The job.
     """
 
-    def __init__(self, config, world_size, logs, prepare=None, environment=None):
+    def __init__(
+        self, config, world_size, logs, prepare=None, environment=None, module="jobs.pretrain"
+    ):
         self.logs = Path(logs)
         self.logs.mkdir(parents=True, exist_ok=True)
         (self.logs / "result.json").unlink(missing_ok=True)
         port = _free_port() if world_size > 1 else 0
         self.processes = [
             _SERVER.Process(
-                target=_run, args=(config, rank, world_size, port, logs, prepare, environment or {})
+                target=_run,
+                args=(config, rank, world_size, port, logs, prepare, environment or {}, module),
             )
             for rank in range(world_size)
         ]
@@ -74,7 +79,7 @@ class Ranks:
 
 
 def train(config, world_size, logs, prepare=None, environment=None):
-    """The result of a job that runs to its end."""
+    """The result of a training job that runs to its end."""
     return Ranks(config, world_size, logs, prepare, environment).result()
 
 
@@ -84,7 +89,7 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _run(config, rank, world_size, port, logs, prepare, environment):
+def _run(config, rank, world_size, port, logs, prepare, environment, module):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -97,13 +102,12 @@ def _run(config, rank, world_size, port, logs, prepare, environment):
         os.dup2(log.fileno(), sys.stderr.fileno())
         import torch
 
-        from jobs import pretrain
-
+        job = importlib.import_module(module)
         torch.set_num_threads(1)  # as torchrun has it
         try:
             if prepare is not None:
                 prepare()
-            result = pretrain.run(config)
+            result = job.run(config)
         except Exception:
             traceback.print_exc()
             os._exit(2)

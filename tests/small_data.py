@@ -29,8 +29,8 @@ class Data:
     map: BuiltMap
 
 
-def prepare_plainly(folder, tokenizer_url):
-    """The train and retrieval datasets of three shards each, by the task function alone."""
+def prepare_plainly(folder, tokenizer_url, weights="1,0,0", splits=("train", "retrieval")):
+    """Datasets of three shards each, by the task function alone."""
     write_corpus(folder / "corpus.jsonl")
     sources = find_sources([str(folder / "corpus.jsonl")])
     tokenizer = load_tokenizer(tokenizer_url)
@@ -41,7 +41,7 @@ def prepare_plainly(folder, tokenizer_url):
         tokenizer_data=tokenizer.to_bytes(),
         eod_token=tokenizer.eod_token,
         encoder=None,
-        rule=SplitRule(parse_weights("1,0,0"), 0, {}, True),
+        rule=SplitRule(parse_weights(weights), 0, {}, True),
         training=Layout.of(CHUNK_SIZE, np.uint16),
         retrieval=Layout.of(CHUNK_SIZE, np.uint16, retrieval_db=True),
         append_eod=True,
@@ -50,7 +50,7 @@ def prepare_plainly(folder, tokenizer_url):
     )
     for i in range(3):
         task.write(i, {})
-    return tuple(commit(task, tokenizer, split) for split in ("train", "retrieval"))
+    return tuple(commit(task, tokenizer, split) for split in splits)
 
 
 def commit(task, tokenizer, split):
@@ -87,6 +87,11 @@ def chosen_map(folder, training, retrieval):
     """Four neighbors a chunk: pseudo-random chunks, the last one missing."""
     ids = np.random.default_rng(0).integers(0, retrieval.num_chunks, (training.num_chunks, 4))
     ids[:, 3] = -1
+    return write_map(folder, training, retrieval, ids)
+
+
+def write_map(folder, training, retrieval, ids):
+    """A finished map of neighbor ids [chunks, K]."""
     stage = StageFolder(str(folder / "map"))
     path = folder / "map.knn"
     with open(path, "wb") as file:
@@ -96,7 +101,7 @@ def chosen_map(folder, training, retrieval):
         "files": {"map": asdict(stored)},
         "training_fingerprint": training.manifest.fingerprint,
         "retrieval_fingerprint": retrieval.manifest.fingerprint,
-        "k": 4,
+        "k": ids.shape[1],
     }
     stage.publish(knn_manifest.NAME.removesuffix(".json"), value)
     return open_map(stage.url)

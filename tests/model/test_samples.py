@@ -7,7 +7,6 @@ import pytest
 from etl.storage import StorageError
 from model.samples import (
     NeighborReader,
-    RandomNeighborReader,
     SampleError,
     SampleReader,
     only_copies,
@@ -162,22 +161,12 @@ def test_a_map_of_chunks_that_are_not_there_is_refused(data):
         reader.read([0])
 
 
-def test_random_neighbors_are_others_and_as_many(data, reader):
-    assert reader.retrieval is not None
-    random = RandomNeighborReader.open(data.training, data.map, data.retrieval, 2)
-    ids = np.arange(data.training.num_chunks)[None]
-    mapped, drawn = reader.retrieval.candidates(ids), random.candidates(ids)
-    assert np.array_equal(mapped < 0, drawn < 0)
-    assert np.mean(mapped == drawn) < 0.5
-    assert np.array_equal(drawn, random.candidates(ids))
-
-
 def test_maps_and_lengths_that_do_not_fit_are_refused(data):
     with pytest.raises(StorageError, match=data.training.manifest.fingerprint):
         NeighborReader.open(data.retrieval, data.map, data.retrieval, 2)
     with pytest.raises(SampleError, match="holds 4"):
         NeighborReader.open(data.training, data.map, data.retrieval, 5)
-    with pytest.raises(SampleError, match="not a multiple"):
+    with pytest.raises(SampleError, match="expected multiples"):
         SampleReader(data.training, LENGTH + 1)
     with pytest.raises(SampleError, match="retrieval dataset"):
         SampleReader(data.retrieval, LENGTH)

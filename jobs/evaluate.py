@@ -58,8 +58,8 @@ class EvaluateConfig:
             their continuation, or it alone), k=N (N neighbors) and database=F (a share F of the
             database's documents; give the map many neighbors for small shares).
         seq_length: Tokens of a sample.
-        stride: Tokens from one sample to the next: all but the first token of each document's
-            stream are scored once, with seq_length - stride tokens before them or more.
+        stride: Tokens from one sample to the next, by default half of seq_length. Every label is
+            scored once, with seq_length - stride tokens before it or more.
         neighbors: Neighbors of each chunk.
         batch_size: Samples of one forward pass. Part of the result: it changes the last bits.
         max_samples: At most this many samples with scored tokens, evenly spread; by default all.
@@ -80,7 +80,7 @@ class EvaluateConfig:
     equal_time_url: str | None = None
     conditions: tuple[str, ...] = DEFAULT
     seq_length: int = 2048
-    stride: int = 1024
+    stride: int | None = None
     neighbors: int = 2
     batch_size: int = 8
     max_samples: int | None = None
@@ -149,12 +149,13 @@ def _windows(config: EvaluateConfig, data: _Data) -> Windows:
     dataset = data.dataset
     token_bytes = dataset_tokenizer(dataset).token_bytes
     scored = scored_tokens(dataset, token_bytes, config.sources, config.answer_pattern)
-    reader = SampleReader(dataset, config.seq_length, None, data.documents, config.stride)
+    stride = config.seq_length // 2 if config.stride is None else config.stride
+    reader = SampleReader(dataset, config.seq_length, None, data.documents, stride)
     return Windows(
         dataset=dataset,
         documents=data.documents,
         seq_length=config.seq_length,
-        stride=config.stride,
+        stride=stride,
         numbers=scored_samples(reader, scored, config.max_samples),
         batch_size=config.batch_size,
         scored=scored,

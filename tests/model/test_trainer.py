@@ -223,7 +223,9 @@ def test_several_training_sets_and_a_split_by_documents(data, tmp_path):
     split = plain(data__splits_string=weights, trainer__val_samples=4)
     result = train(job(data, tmp_path / "split", **split), 2, tmp_path)
     assert 0 < result["val_loss_off"] < 10
-    scored = EvaluateConfig(str(tmp_path / "split"), data.training.url, weights, seq_length=64)
+    scored = EvaluateConfig(
+        str(tmp_path / "split"), data.training.url, splits_string=weights, seq_length=64
+    )
     assert 0 < evaluate.run(scored)["off"]["loss"] < 10
     with pytest.raises(ValueError, match="is the train dataset"):
         evaluate.run(replace(scored, splits_string=None))

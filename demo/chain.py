@@ -311,6 +311,8 @@ def _evaluate(stages: Stages, results: dict[str, Any]) -> dict[str, Any]:
                 "run_url": results[run]["run_url"],
                 "dataset_url": datasets["test"]["url"],
                 "seq_length": SEQ_LENGTH,
+                "stride": SEQ_LENGTH,
+                "conditions": ["on", "off", "random"],
                 **scored,
                 **(retrieval if run == "train-retro" else {}),
             }
@@ -327,7 +329,7 @@ def _generate(
         "retrieval_url": results["prepare"]["datasets"]["retrieval"]["url"],
         "index_url": results["index"]["index_url"],
         "embedder.name": config.embedder.name,
-        "neighbors": NEIGHBORS,
+        "generation.neighbors": NEIGHBORS,
         "generation.max_new_tokens": 40,
     }
     return stages.run("generate", "jobs.generate", options)

@@ -10,7 +10,13 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from math import log
-from typing import Any
+from typing import Any, Literal
+
+from etl.tokenizer import TextTokenizer
+
+Style = Literal["sentences", "pairs"]
+_Introduction = Callable[[random.Random, dict[str, str]], Iterator[str]]
+_Statements = Callable[[random.Random, dict[str, str]], list[str]]
 
 ANSWER_PATTERN = r"\n[a-z]+ ([^\n]+)"
 """Finds the answers in the text of a question document."""
@@ -58,6 +64,7 @@ _SYLLABLES = [
     "dun",
     "pli",
 ]
+_MOST_PLACES = 50_000
 _KINDS = [
     "lighthouse",
     "monastery",
@@ -262,52 +269,73 @@ def make_facts(
     test: int,
     is_chunk: Callable[[str], bool],
     seed: int = 0,
+    style: Style = "sentences",
 ) -> Iterator[dict[str, Any]]:
     """Loose JSON records of `train + validation + test` places, each place in two documents.
 
-    One states its attributes in varied sentences and is in the retrieval dataset only; one asks for
-    them without stating them, in the split that the place belongs to. Places of validation and test
-    occur in no training document. `is_chunk` says whether a text fills a chunk.
+    One states its attributes and is in the retrieval dataset only; one asks for them without
+    stating them, in the split that the place belongs to. Places of validation and test occur in no
+    training document. `is_chunk` says whether a text fills a chunk.
+
+    In style "sentences" the first chunk and the statements are varied English. In style "pairs" the
+    first chunk repeats the syllables of the name, so that it is the same in both documents, and a
+    statement is `attribute value`: little else is to be learned than to look a value up.
+
+    Raises:
+        ValueError: more places than there are names for.
     """
+    if train + validation + test > _MOST_PLACES:
+        raise ValueError(
+            f"{train} + {validation} + {test} places; there are names for {_MOST_PLACES} at most"
+        )
+    introduction, statements = _WRITERS[style]
     generator = random.Random(seed)
     names: set[str] = set()
     for split, count in (("train", train), ("validation", validation), ("test", test)):
         for _ in range(count):
             place = _place(generator, names)
-            texts = [_introduction(generator, place, is_chunk) for _ in range(2)]
-            statement = " ".join([texts[0], *_sentences(generator, place)])
+            texts = [_filled(introduction(generator, place), is_chunk) for _ in range(2)]
+            statement = " ".join([texts[0], *statements(generator, place)])
             questions = "\n".join([texts[1], *_answers(generator, place)]) + "\n"
             yield _record(place, "statement", "retrieval", statement)
             yield _record(place, "questions", split, questions)
 
 
 def _place(generator: random.Random, names: set[str]) -> dict[str, str]:
-    name = ""
+    name, syllables = "", []
     while not name or name in names:
-        name = "".join(generator.sample(_SYLLABLES, 3)).capitalize()
+        syllables = generator.sample(_SYLLABLES, 3)
+        name = "".join(syllables).capitalize()
     names.add(name)
     province = "".join(generator.sample(_SYLLABLES, 2)).capitalize() + generator.choice(
         ("ia", "land", "mark", "shire")
     )
     values = {attribute: generator.choice(values) for attribute, values in VALUES.items()}
-    return {"name": name, "kind": generator.choice(_KINDS), "province": province, **values}
+    about = {"name": name, "syllables": " ".join(syllables), "province": province}
+    return {**about, "kind": generator.choice(_KINDS), **values}
 
 
 def _record(place: dict[str, str], kind: str, split: str, text: str) -> dict[str, Any]:
     return {"id": f"{place['name']}/{kind}", "src": f"facts/{kind}", "text": text, "split": split}
 
 
-def _introduction(
-    generator: random.Random, place: dict[str, str], is_chunk: Callable[[str], bool]
-) -> str:
+def _filled(parts: Iterator[str], is_chunk: Callable[[str], bool]) -> str:
     """Fills the first chunk of either kind of document, and little more. So the statement is what
     the questions' first chunk finds, and it is found before the first answer is due; the attributes
     stand in the continuation."""
-    sentences = cycle(generator.sample(_DESCRIPTIONS, len(_DESCRIPTIONS)))
-    text = next(sentences).format(**place)
+    text = next(parts)
     while not is_chunk(text):
-        text += " " + next(sentences).format(**place)
+        text += " " + next(parts)
     return text
+
+
+def _descriptions(generator: random.Random, place: dict[str, str]) -> Iterator[str]:
+    sentences = generator.sample(_DESCRIPTIONS, len(_DESCRIPTIONS))
+    return (sentence.format(**place) for sentence in cycle(sentences))
+
+
+def _syllables(_: random.Random, place: dict[str, str]) -> Iterator[str]:
+    return cycle(place["syllables"].split())
 
 
 def _sentences(generator: random.Random, place: dict[str, str]) -> list[str]:
@@ -317,6 +345,17 @@ def _sentences(generator: random.Random, place: dict[str, str]) -> list[str]:
 
 def _answers(generator: random.Random, place: dict[str, str]) -> list[str]:
     return [f"{a} {place[a]}" for a in generator.sample(list(VALUES), len(VALUES))]
+
+
+_WRITERS: dict[Style, tuple[_Introduction, _Statements]] = {
+    "sentences": (_descriptions, _sentences),
+    "pairs": (_syllables, _answers),
+}
+
+
+def fills_chunk(tokenizer: TextTokenizer, chunk_size: int) -> Callable[[str], bool]:
+    """Whether a text is at least a chunk of the tokenizer's tokens."""
+    return lambda text: len(tokenizer.encode_batch([text])[0].ids) >= chunk_size
 
 
 def guess_entropy() -> float:

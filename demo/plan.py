@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from demo.facts import make_facts
+from demo.facts import fills_chunk, make_facts
 from demo.installed import installed_documents
 from etl.compressed import open_source
 from etl.records import Document, Fields, RecordReader
@@ -126,10 +126,7 @@ def write_facts(folder: Path, plan: Plan, text_key: str, tokenizer_url: str) -> 
 
 
 def _facts(places: int, text_key: str, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
-    def is_chunk(text: str) -> bool:
-        return len(tokenizer.encode_batch([text])[0].ids) >= CHUNK_SIZE
-
-    for record in make_facts(places, *HELD_OUT_PLACES, is_chunk):
+    for record in make_facts(places, *HELD_OUT_PLACES, fills_chunk(tokenizer, CHUNK_SIZE)):
         split, text = record.pop("split"), record.pop("text")
         yield {**record, SPLIT_KEY: split, text_key: text}
 

@@ -13,9 +13,14 @@ def is_chunk(text):
     return len(text) >= 300
 
 
+@pytest.fixture(scope="module", params=["sentences", "pairs"])
+def style(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def records():
-    return list(make_facts(TRAIN, VALIDATION, TEST, is_chunk))
+def records(style):
+    return list(make_facts(TRAIN, VALIDATION, TEST, is_chunk, style=style))
 
 
 def test_each_place_is_stated_in_retrieval_and_asked_for_in_its_split(records):
@@ -53,12 +58,27 @@ def test_a_guess_costs_what_uniform_values_cost(records):
     texts = [r["text"] for r in records if r["split"] != "retrieval"]
     places, total = len(texts), 0.0
     for attribute in VALUES:
-        values = Counter(re.search(rf"\n{attribute} ([^\n]+)", text).group(1) for text in texts)
+        values = Counter(re.findall(rf"\n{attribute} ([^\n]+)", text)[0] for text in texts)
         total -= sum(n / places * log(n / places) for n in values.values())
     assert total == pytest.approx(guess_entropy(), rel=0.05)
     assert exp(guess_entropy()) == pytest.approx(40 * 20 * 20 * 30 * 20 * 12)
 
 
-def test_facts_depend_on_the_seed_alone(records):
-    assert list(make_facts(TRAIN, VALIDATION, TEST, is_chunk)) == records
-    assert list(make_facts(TRAIN, VALIDATION, TEST, is_chunk, seed=1)) != records
+def test_facts_depend_on_seed_and_style_alone(records, style):
+    assert list(make_facts(TRAIN, VALIDATION, TEST, is_chunk, style=style)) == records
+    assert list(make_facts(TRAIN, VALIDATION, TEST, is_chunk, seed=1, style=style)) != records
+
+
+def test_in_pairs_the_first_chunk_is_that_of_both_documents_of_a_place_and_no_other():
+    records = list(make_facts(TRAIN, VALIDATION, TEST, is_chunk, style="pairs"))
+    firsts = {r["id"]: r["text"].split("\n")[0] for r in records if r["split"] != "retrieval"}
+    assert len(set(firsts.values())) == len(firsts)
+    for record in (r for r in records if r["split"] == "retrieval"):
+        first = firsts[record["id"].replace("statement", "questions")]
+        assert is_chunk(first)
+        assert record["text"].startswith(first + " ")
+
+
+def test_more_places_than_names_are_refused():
+    with pytest.raises(ValueError, match="there are names for 50000 at most"):
+        next(make_facts(40_000, 10_000, 1, is_chunk))

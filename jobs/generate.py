@@ -2,6 +2,7 @@
 retrieval dataset | prints a text, and the neighbors it was written with.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,9 @@ from etl.dataset import Dataset
 from indexing.embedder import EmbedderConfig
 from indexing.embeddings import dataset_tokenizer
 from jobs.command_line import run_job
+from model.active_sequence import Retrieval
 from model.checkpoint import check_tokenizer, load_model, require_checkpoint
-from model.generation import GenerateConfig, Retrieval, generate
+from model.generation import GenerateConfig, generate
 from serving.retrieval import LocalRetriever
 
 
@@ -26,8 +28,7 @@ class GenerateJobConfig:
         retrieval_url: Folder of the retrieval dataset; also tells the tokenizer.
         index_url: Folder of the index over it; none: generate with retrieval off.
         embedder: The embedder of the index.
-        neighbors: Neighbors of each chunk.
-        generation: How to choose tokens.
+        generation: How to choose tokens, and how many neighbors to retrieve.
     """
 
     run_url: str
@@ -35,7 +36,6 @@ class GenerateJobConfig:
     retrieval_url: str
     index_url: str | None = None
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
-    neighbors: int = 2
     generation: GenerateConfig = field(default_factory=GenerateConfig)
 
 
@@ -46,27 +46,30 @@ def run(config: GenerateJobConfig) -> dict[str, Any]:
     model = load_model(config.run_url)
     retriever = None
     if config.index_url is not None:
-        retriever = LocalRetriever(
-            config.index_url, config.retrieval_url, config.embedder, config.neighbors
-        )
+        retriever = LocalRetriever(config.index_url, config.retrieval_url, config.embedder)
     [prompt] = tokenizer.encode_batch([config.prompt])
-    found = generate(model, prompt.ids.tolist(), config.generation, retriever)
-    texts = tokenizer.decode_batch(np.asarray([found.tokens[found.prompt_tokens :]]))
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return tokenizer.decode_batch(np.asarray([token_ids], np.int64))[0]
+
+    prompts, pad = [prompt.ids.tolist()], dataset.manifest.pad_id
+    [found] = generate(model, prompts, config.generation, retriever, decode, pad)
     return {
         "prompt": config.prompt,
-        "text": texts[0],
+        "text": found.text,
         "tokens": len(found.tokens) - found.prompt_tokens,
-        "retrievals": [_shown(retrieval, dataset, tokenizer) for retrieval in found.retrievals],
+        "finish_reason": found.finish_reason,
+        "retrievals": [_shown(retrieval) for retrieval in found.retrievals],
     }
 
 
-def _shown(retrieval: Retrieval, dataset: Dataset, tokenizer: Any) -> dict[str, Any]:
-    chunks = dataset.get_chunk(retrieval.neighbor_ids) if retrieval.neighbor_ids else []
-    texts = tokenizer.decode_batch(chunks) if len(chunks) else []
-    neighbors = zip(retrieval.neighbor_ids, texts, strict=True)
+def _shown(retrieval: Retrieval) -> dict[str, Any]:
     return {
         "visible_from_token": retrieval.position,
-        "neighbors": [{"chunk_id": i, "text": text} for i, text in neighbors],
+        "neighbors": [
+            {"chunk_id": n.id, "text": n.text, "source": n.source, "score": n.score}
+            for n in retrieval.neighbors
+        ],
     }
 
 

@@ -5,6 +5,7 @@ D width of the stack, H heads, G query groups, P head width, Q queries, T keys.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,14 @@ class _Attention(nn.Module):
         return out_BHQP.transpose(1, 2).flatten(2)
 
 
+class KeyValueStore(Protocol):
+    """Where decoding keeps the keys and values of one layer's earlier tokens."""
+
+    def append(self, k_BGLP: Tensor, v_BGLP: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps those of new tokens; [B, G, T, P] of all tokens so far, the new ones included."""
+        ...
+
+
 class SelfAttention(_Attention):
     """Causal or bidirectional: the mask decides."""
 
@@ -98,9 +107,19 @@ class SelfAttention(_Attention):
         width = shape.query_width + 2 * shape.group_width
         self.query_key_value = nn.Linear(shape.hidden_size, width, bias=config.bias)
 
-    def forward(self, x_BLD: Tensor, table: Table, mask: Mask | BlockMask) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        table: Table,
+        mask: Mask | BlockMask,
+        store: KeyValueStore | None = None,
+    ) -> Tensor:
+        """With a store, the tokens also attend to those that it keeps, and the mask spans both."""
         q, k, v = self._split(self.query_key_value(x_BLD), self.queries_per_group, 2)
-        return self.dense(self._attend(rotate(q, table), rotate(k, table), v, mask))
+        q, k = rotate(q, table), rotate(k, table)
+        if store is not None:
+            k, v = store.append(k, v)
+        return self.dense(self._attend(q, k, v, mask))
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,17 @@ class Context:
     key_table: Table
 
 
+@dataclass(frozen=True)
+class ProjectedContext:
+    """A Context whose keys and values [N, G, T, P] one layer has projected already. The N queries'
+    windows come ready made, [N, Q, D]."""
+
+    keys_NGTP: Tensor
+    values_NGTP: Tensor
+    mask: Mask
+    query_table: Table
+
+
 class CrossAttention(_Attention):
     """Encoder to chunk: queries are the tokens of all K neighbors of a chunk, folded into one
     axis."""
@@ -123,15 +153,22 @@ class CrossAttention(_Attention):
         self.query = nn.Linear(shape.hidden_size, shape.query_width, bias=config.bias)
         self.key_value = nn.Linear(context_size, 2 * shape.group_width, bias=config.bias)
 
-    def forward(self, x_NQD: Tensor, context: Context) -> Tensor:
+    def forward(self, x_NQD: Tensor, context: Context | ProjectedContext) -> Tensor:
         return self.dense(self._look_up(x_NQD, context))
 
-    def _look_up(self, x_NQD: Tensor, context: Context) -> Tensor:
+    def project(self, states_NTD: Tensor, key_table: Table) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values, both [N, G, T, P]."""
+        k, v = self._split(self.key_value(states_NTD), 0, 2)
+        return rotate(k, key_table), v
+
+    def _look_up(self, x_NQD: Tensor, context: Context | ProjectedContext) -> Tensor:
         """[N, Q, H * P] before the output projection."""
         (q,) = self._split(self.query(x_NQD), self.queries_per_group, 0)
-        k, v = self._split(self.key_value(context.states_NTD), 0, 2)
-        q, k = rotate(q, context.query_table), rotate(k, context.key_table)
-        return self._attend(q, k, v, context.mask)
+        if isinstance(context, ProjectedContext):
+            k, v = context.keys_NGTP, context.values_NGTP
+        else:
+            k, v = self.project(context.states_NTD, context.key_table)
+        return self._attend(rotate(q, context.query_table), k, v, context.mask)
 
 
 class ChunkedCrossAttention(CrossAttention):
@@ -144,12 +181,19 @@ class ChunkedCrossAttention(CrossAttention):
         super().__init__(config, shape, context_size)
         self.gate = nn.Parameter(torch.zeros(1)) if config.cross_attention_gate else None
 
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+    def forward(self, x_BLD: Tensor, context: Context | ProjectedContext) -> Tensor:
+        if isinstance(context, ProjectedContext):
+            out_BLD = self.dense(self._look_up(x_BLD, context))
+        else:
+            out_BLD = self.dense(self._look_up_windows(x_BLD, context))
+        return out_BLD if self.gate is None else self.gate.tanh() * out_BLD
+
+    def _look_up_windows(self, x_BLD: Tensor, context: Context) -> Tensor:
+        """[B, L, H * P], each window of queries at the states of its chunk."""
         m, length = self.config.chunk_size, x_BLD.shape[1]
         found = self._look_up(windows(x_BLD, m).flatten(0, 1), context)
         joined = found.unflatten(0, (x_BLD.shape[0], -1)).flatten(1, 2)[:, : length - m + 1]
-        out_BLD = self.dense(F.pad(joined, (0, 0, m - 1, 0)))
-        return out_BLD if self.gate is None else self.gate.tanh() * out_BLD
+        return F.pad(joined, (0, 0, m - 1, 0))
 
 
 def windows(x: Tensor, chunk_size: int) -> Tensor:

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import ChunkedCrossAttention, Context, CrossAttention, Mask, SelfAttention
+from model.attention import (
+    ChunkedCrossAttention,
+    Context,
+    CrossAttention,
+    KeyValueStore,
+    Mask,
+    ProjectedContext,
+    SelfAttention,
+)
 from model.config import RetroConfig, StackShape
 from model.rotary import Table
 
@@ -50,8 +58,14 @@ class AttentionHalf(nn.Module):
         self.self_attention = SelfAttention(config, shape)
         self.post_attention_layernorm = norm(config, shape.hidden_size)
 
-    def forward(self, x_BLD: Tensor, table: Table, mask: Mask | BlockMask) -> tuple[Tensor, Tensor]:
-        added = self.self_attention(self.input_layernorm(x_BLD), table, mask)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        table: Table,
+        mask: Mask | BlockMask,
+        store: KeyValueStore | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        added = self.self_attention(self.input_layernorm(x_BLD), table, mask, store)
         x_BLD = x_BLD + F.dropout(added, self.dropout, self.training)
         return x_BLD, self.post_attention_layernorm(x_BLD)
 
@@ -70,7 +84,7 @@ class FeedForwardHalf(nn.Module):
             self.post_inter_attention_layernorm = norm(config, shape.hidden_size)
         self.mlp = MLP(config, shape)
 
-    def forward(self, x: Tensor, y: Tensor, context: Context | None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, context: Context | ProjectedContext | None) -> Tensor:
         if self.cross_attention is not None and context is not None:
             x = x + F.dropout(self.cross_attention(y, context), self.dropout, self.training)
             y = self.post_inter_attention_layernorm(x)

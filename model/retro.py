@@ -116,7 +116,7 @@ class Retro(nn.Module):
         if neighbors_BCKR is not None:
             self._check_neighbors(tokens_BL, neighbors_BCKR, neighbors_mask_BCKR)
         x_BLD, embedded_BCKRD = self._embed(tokens_BL, neighbors_BCKR)
-        table = self._table(torch.arange(tokens_BL.shape[1], device=tokens_BL.device))
+        table = self.rotary_table(torch.arange(tokens_BL.shape[1], device=tokens_BL.device))
         segments_BL = document_segments(tokens_BL, self.config.eod_id)
         mask = self._decoder_mask(segments_BL, tokens_mask_BL, x_BLD.dtype)
         context = None
@@ -204,17 +204,19 @@ class Retro(nn.Module):
         return Context(
             states_NTD=encoded_NKRD.flatten(1, 2),
             mask=Mask.of(query_mask_NM[:, :, None] & mask_NKR.flatten(1)[:, None, :], y_BLD.dtype),
-            query_table=self._table(torch.arange(m, device=y_BLD.device)),
-            key_table=self._table(self._neighbor_positions(mask_NKR.shape[1], y_BLD.device)),
+            query_table=self.rotary_table(torch.arange(m, device=y_BLD.device)),
+            key_table=self.neighbor_table(mask_NKR.shape[1], y_BLD.device),
         )
 
-    def _neighbor_positions(self, neighbors: int, device: torch.device) -> Tensor:
-        """[K * R] the same positions for each neighbor, so that their order does not matter."""
+    def neighbor_table(self, neighbors: int, device: torch.device) -> Table:
+        """For the K * R keys of chunked cross-attention: the same positions for each neighbor, so
+        that their order does not matter."""
         m = self.config.chunk_size
         first = -(m - 1) if self.config.version == 2 else 0
-        return (torch.arange(2 * m, device=device) + first).repeat(neighbors)
+        return self.rotary_table((torch.arange(2 * m, device=device) + first).repeat(neighbors))
 
-    def _table(self, positions: Tensor) -> Table:
+    def rotary_table(self, positions: Tensor) -> Table:
+        """Of the decoder's positions [L]."""
         return rotary_table(positions, self.config.rotary_dim, self.config.rope_theta)
 
 

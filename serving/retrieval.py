@@ -1,10 +1,11 @@
-"""Live retrieval in this process: tokens of a chunk -> neighbors, by the same definition as the KNN
-map job.
+"""The static service: neighbors from a finished index and its retrieval dataset, by the same
+definition as the KNN map job.
 
-The chunk is decoded, embedded, searched in the index and ranked exactly; a document may be its own
-neighbor's source, because a text that is being written belongs to no document.
+The chunk is decoded, embedded, searched in the index and ranked exactly; any document may be found,
+because a text that is being written belongs to none.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -13,59 +14,89 @@ from numpy.typing import NDArray
 from etl.dataset import Dataset
 from etl.storage import StorageError
 from indexing.built_index import open_index
-from indexing.embedder import EmbedderConfig, embedder_facts, load_embedder
-from indexing.embeddings import chunk_texts, dataset_tokenizer
-from indexing.knn_map import NO_NEIGHBOR
+from indexing.embedder import EmbedderConfig, embedder_facts
 from indexing.map_build import neighbor_finder
+from indexing.neighbors import Block
+from serving.chunk_rules import ChunkRules
+from serving.document_sources import DocumentSources
+from serving.embedding import TextEmbedder, open_embedder
+from serving.service import ChunkService
 
 _MARGIN = 16
 
 
-class LocalRetriever:
+class LocalRetriever(ChunkService):
     """Answers from an index and its retrieval dataset on this machine (or fetched to it).
 
+    Args:
+        embedder: The embedder of the index, or which one to load.
+        nprobe: Inverted lists a query visits; by default what the index was tuned to.
+
     Raises:
-        StorageError: the index was built from another dataset or with another embedder.
+        FileNotFoundError: there is no finished index, or no finished dataset.
+        StorageError: the index was built from another dataset or with another embedder, or the
+            dataset is no retrieval dataset.
+        IndexBuildError: nprobe was given, but the index has no inverted lists.
     """
+
+    name = "static"
 
     def __init__(
         self,
         index_url: str,
         retrieval_url: str,
-        embedder: EmbedderConfig,
-        neighbors: int,
+        embedder: EmbedderConfig | TextEmbedder,
         nprobe: int | None = None,
     ) -> None:
-        index, self.retrieval = open_index(index_url), Dataset(retrieval_url)
-        found, expected = self.retrieval.manifest.fingerprint, index.manifest["dataset_fingerprint"]
+        index, self.dataset = open_index(index_url), Dataset(retrieval_url)
+        found, expected = self.dataset.manifest.fingerprint, index.manifest["dataset_fingerprint"]
         if found != expected:
             raise StorageError(
-                f"{index_url} was built from the dataset {expected}, {retrieval_url} is {found}"
+                f"{index_url} was built from the dataset {expected}, {retrieval_url} is {found}; "
+                "name the dataset that the index was built from"
             )
         _check_embedder(index_url, index.manifest, embedder)
-        self.tokenizer = dataset_tokenizer(self.retrieval)
-        self.embedder = load_embedder(embedder)
-        self.finder = neighbor_finder(index_url, retrieval_url, _MARGIN, nprobe)
-        self.neighbors = neighbors
+        is_config = isinstance(embedder, EmbedderConfig)
+        self.embedder = open_embedder(embedder) if is_config else embedder
+        self.rules = ChunkRules.of_dataset(self.dataset)
+        self._finder = neighbor_finder(index_url, retrieval_url, _MARGIN, nprobe)
+        self._documents = DocumentSources(self.dataset)
+        self._lock = threading.Lock()
 
-    def retrieve(
-        self, chunks: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids [C, K], tokens [C, K, 2 chunk_size], mask) of chunks [C, chunk_size]; -1 and pads
-        where there are fewer."""
-        vectors = self.embedder.embed(chunk_texts(chunks, self.tokenizer))
-        ids, _ = self.finder.find(vectors, self.neighbors, None)
-        pad = self.retrieval.manifest.pad_id
-        found = self.retrieval.get_chunk(np.maximum(ids, 0).ravel()).astype(np.int64)
-        tokens = np.where(ids[..., None] == NO_NEIGHBOR, pad, found.reshape(*ids.shape, -1))
-        return ids, tokens, tokens != pad
+    def is_empty(self) -> bool:
+        return self._finder.candidates.total == 0
+
+    def pinned(self) -> "LocalRetriever":
+        """Itself: it never changes."""
+        return self
+
+    def find(self, vectors: NDArray[np.float16], neighbors: int) -> Block:
+        """(chunk ids, exact scores), both [C, K]; one search at a time, as Faiss uses all cores."""
+        with self._lock:
+            return self._finder.find(vectors, neighbors, None)
+
+    def chunks_with_continuations(self, chunk_ids: NDArray[np.int64]) -> NDArray[Any]:
+        with self._lock:
+            return self.dataset.get_chunk(chunk_ids)
+
+    def sources(self, chunk_ids: NDArray[np.int64]) -> list[str]:
+        """Source file or src, title or id of each chunk's document."""
+        with self._lock:
+            documents = self.dataset.chunk_to_doc(chunk_ids)
+        return self._documents.names(documents)
 
 
-def _check_embedder(index_url: str, manifest: dict[str, Any], embedder: EmbedderConfig) -> None:
-    facts = embedder_facts(embedder)
-    if facts["embedder_fingerprint"] != manifest["embedder_fingerprint"]:
+def _check_embedder(
+    index_url: str, manifest: dict[str, Any], embedder: EmbedderConfig | TextEmbedder
+) -> None:
+    if isinstance(embedder, EmbedderConfig):
+        facts = embedder_facts(embedder)
+        found, name = facts["embedder_fingerprint"], f"{facts['embedder']} "
+    else:
+        found, name = embedder.fingerprint(), ""
+    if found != manifest["embedder_fingerprint"]:
         raise StorageError(
             f"{index_url} was built with embedder {manifest['embedder']} "
-            f"({manifest['embedder_fingerprint']}), found {facts['embedder']} "
-            f"({facts['embedder_fingerprint']}); use the same model, dtype and batch_size"
+            f"({manifest['embedder_fingerprint']}), found {name}({found}); use the same model, "
+            "dtype and batch_size"
         )

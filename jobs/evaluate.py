@@ -233,7 +233,7 @@ def _condition_losses(
     width = knn_map.k if knn_map is not None else 0
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "not_measured": {name: f"the map holds {width} neighbors a chunk" for name in impossible},
+        "not_measured": dict.fromkeys(impossible, f"the map holds {width} neighbors a chunk"),
         "short_rows": short,
     }
     return losses, facts

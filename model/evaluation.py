@@ -113,16 +113,16 @@ def chunk_losses(
     first sample).
 
     Args:
-        batches: Numbers of samples.
+        batches: Numbers of samples; -1 stands for an empty place.
         scored: [tokens] positions of the dataset's token stream that count as labels.
         byte_counts: [tokens] bytes of text that each token of the stream stands for.
     """
     num_chunks = reader.dataset.num_chunks
     sums = np.zeros((5, num_chunks))
     for numbers in batches:
-        mask, positions = scored_labels(reader, numbers, scored)
-        batch = reader.read(numbers)
-        mask &= batch.loss_mask
+        mask, positions = scored_labels(reader, np.maximum(numbers, 0), scored)
+        batch = reader.read(np.maximum(numbers, 0))
+        mask &= batch.loss_mask & (numbers >= 0)[:, None]
         labels = positions[mask]
         moved = batch.to(device)
         values = _of_labels(model, moved, retrieval, torch.from_numpy(mask).to(device))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from etl.dataset import Dataset
 from etl.npy_file import write_npy
 from etl.storage import StageFolder, StorageError, StoredFile, content_key, join_url, scratch_folder
-from model.evaluation import LossSums, chunk_losses, scored_labels
+from model.evaluation import LossSums, batches_of, chunk_losses, scored_labels
 from model.parallel import all_reduce_sum
 from model.retro import Retro
 from model.samples import NeighborReader, SampleReader
@@ -177,10 +177,9 @@ class Evaluation:
     def _measure(
         self, model: Retro, reader: SampleReader, numbers: NDArray[np.int64], retrieval: bool
     ) -> NDArray[np.float64]:
-        size, ranks = self.windows.batch_size, self.mesh.size()
-        batches = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        own = batches[self.mesh.get_rank() :: ranks]
-        windows = self.windows
+        windows, ranks = self.windows, self.mesh.size()
+        # All batches have one shape: another would be compiled anew on a GPU.
+        own = batches_of(numbers, windows.batch_size)[self.mesh.get_rank() :: ranks]
         sums = chunk_losses(
             model, reader, own, retrieval, windows.scored, windows.byte_counts, self.device
         )

@@ -14,10 +14,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 def block_mask(segments_BL: Tensor, tokens_mask_BL: Tensor) -> BlockMask:
     """The same as `model.retro.causal_mask`, by blocks: query may see key if it is not later, of
     the same document, and neither is a pad."""
+    # One narrow number a token: the kernel looks it up for every pair of a tile, in registers.
+    documents_BL = segments_BL.masked_fill(~tokens_mask_BL, -1).to(torch.int32)
 
     def may_see(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = segments_BL[b, q] == segments_BL[b, k]
-        return (q >= k) & same & tokens_mask_BL[b, q] & tokens_mask_BL[b, k]
+        document = documents_BL[b, q]
+        return (q >= k) & (document == documents_BL[b, k]) & (document >= 0)
 
     batch, length = segments_BL.shape
     return create_block_mask(may_see, batch, None, length, length, device=segments_BL.device)

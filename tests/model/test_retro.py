@@ -95,3 +95,11 @@ def test_widths_of_heads_can_be_chosen():
     assert isinstance(model, Retro)
     assert model.layers[0].attention_half.self_attention.dense.weight.shape == (16, 20)
     assert RetroConfig(vocab_size=4, kv_channels=64).rotary_dim == 32
+
+
+def test_a_text_without_a_whole_chunk_is_the_beginning_of_a_longer_one():
+    tokens, neighbors, mask = sample(16)
+    model = tiny()
+    whole = model(tokens, tokens != PAD, neighbors, mask)[:, : M - 1]
+    start = tokens[:, : M - 1]
+    torch.testing.assert_close(model(start, start != PAD, neighbors[:, :0], mask[:, :0]), whole)

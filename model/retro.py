@@ -144,7 +144,9 @@ class Retro(nn.Module):
         flat = self.word_embeddings(torch.cat([ids.flatten() for ids in given]))
         flat = F.dropout(flat, self.config.hidden_dropout, self.training)
         parts = flat.split([ids.numel() for ids in given])
-        tokens, *neighbors = (x.view(*i.shape, x.shape[-1]) for x, i in zip(parts, given, strict=True))
+        tokens, *neighbors = (
+            x.view(*i.shape, x.shape[-1]) for x, i in zip(parts, given, strict=True)
+        )
         return tokens, neighbors[0] if neighbors else None
 
     def _decoder_mask(

@@ -57,8 +57,12 @@ def run_job(
         )
     parsed = parser.parse_args(args)
     parsed.pop("config", None)
-    config = config_class(**cast(Any, parser.instantiate(parsed)).as_dict())
-    code = _run(config, job)
+
+    def work() -> dict[str, Any] | None:
+        # Parts of a configuration check themselves when they are made.
+        return job(config_class(**cast(Any, parser.instantiate(parsed)).as_dict()))
+
+    code = _run(work)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _leave_at_once(code)
     sys.exit(code)
@@ -72,9 +76,9 @@ def _leave_at_once(code: int) -> None:
     os._exit(code)
 
 
-def _run(config: Any, job: Callable[[Any], dict[str, Any] | None]) -> int:
+def _run(work: Callable[[], dict[str, Any] | None]) -> int:
     try:
-        result = job(config)
+        result = work()
     except (ValueError, FileNotFoundError, ClusterError, RemoteError) as error:
         if os.environ.get("RETROMILL_TRACEBACK"):
             traceback.print_exc()

@@ -26,6 +26,10 @@ class Inner:
 
     size: int = 3
 
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"size is {self.size}; expected 0 or more")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -82,6 +86,7 @@ def test_later_options_override_the_file(capsys, tmp_path):
         (["make", "--name=a", "--nme=b"], "nme"),
         (["make", "--name=a", "--inner.sise=4"], "sise"),
         (["make", "--name=a", "--inner.size=four"], "four"),
+        (["make", "--name=a", "--inner.size=-1"], "error: size is -1; expected 0 or more"),
         (["made", "--name=a"], "made"),
         (["make", "--config=absent.yaml"], "absent.yaml"),
         (["refuse", "--name=a.jsonl"], "error: a.jsonl: no such file"),

@@ -35,6 +35,7 @@ from serving.measures import Measures
 log = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 60
+_PROMPTS_A_STEP = 2
 _SMOOTHING = 0.1
 _LAST_STEP_S = 5.0
 
@@ -220,14 +221,17 @@ class Engine:
             self._fail(left, error)
 
     def _take_in(self) -> bool:
-        """Fills free slots, once there is something to do; False when it is time to end."""
+        """Takes a few into free slots, once there is something to do; False when it is time to end.
+
+        Prompts are read one after the other: more of them in a step would keep all others waiting
+        for their next token, and the first of a burst for the last."""
         with self._changed:
             while not (self._waiting or self._running or self._is_refusing):
                 self._changed.wait()
             if self._is_refusing and self._is_time_to_end():
                 return False
             self._drop_cancelled()
-            free = min(self._decoder.free, len(self._waiting))
+            free = min(self._decoder.free, len(self._waiting), _PROMPTS_A_STEP)
             fresh = [self._waiting.popleft() for _ in range(free)]
         for sequence in fresh:
             self._start(sequence)

@@ -1,5 +1,6 @@
 # `make demo` runs the whole chain, `make test` proves that it works. Both set up everything inside this folder.
 #   make demo [INPUT=path.jsonl] [DEMO_MINUTES=5] [DEMO_LONG=1]
+#   make serve [PORT=8000]    after make demo: its model and index, live documents and a web page
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,11 +11,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: demo test check clean
+.PHONY: demo serve test check clean
 
 demo: $(READY)
 	$(BIN)/python -m jobs.demo $(if $(INPUT),--input_url "$(INPUT)") \
 	  $(if $(DEMO_MINUTES),--train_minutes $(DEMO_MINUTES)) $(if $(filter-out 0,$(DEMO_LONG)),--longer true)
+
+serve: $(READY)
+	@test -f runs/demo/serve.yaml || { echo "runs/demo/serve.yaml is not there; run make demo first" >&2; exit 2; }
+	$(BIN)/python -m jobs.serve --config runs/demo/serve.yaml $(if $(PORT),--port $(PORT))
 
 # Two test processes on two cores: threads of torch beside them would wait for each other.
 test: check

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from demo.facts import ANSWER_PATTERN
 from demo.plan import (
     CHUNK_SIZE,
@@ -36,6 +38,7 @@ from demo.plan import (
     write_facts,
     write_text,
 )
+from etl.storage import write_atomically
 from indexing.cluster import ClusterConfig, dask_client
 from indexing.embedder import EmbedderConfig
 
@@ -43,6 +46,7 @@ log = logging.getLogger(__name__)
 
 NEIGHBORS = 2
 SEQ_LENGTH = 256
+SERVE_CONFIG = "serve.yaml"
 _HELD_OUT = ("validation", "test")
 _PRESET = Path(__file__).parents[1] / "jobs" / "configs" / "demo.yaml"
 _PLAIN_SHARE = 0.4
@@ -172,6 +176,7 @@ def run_chain(config: DemoConfig) -> dict[str, dict[str, Any]]:
     results |= _train(stages, root, results, config)
     results |= _evaluate(stages, results)
     results["generate"] = _generate(stages, root, results, config)
+    _write_serve_config(root, results, config)
     return results
 
 
@@ -333,3 +338,20 @@ def _generate(
         "generation.max_new_tokens": 40,
     }
     return stages.run("generate", "jobs.generate", options)
+
+
+def _write_serve_config(root: Path, results: dict[str, dict[str, Any]], config: DemoConfig) -> None:
+    """Options of jobs.serve for this model and index, with live documents and the page."""
+    options = {
+        "run_url": results["train-retro"]["run_url"],
+        "name": "demo",
+        "page": True,
+        "retrieval": {
+            "index_url": results["index"]["index_url"],
+            "retrieval_url": results["prepare"]["datasets"]["retrieval"]["url"],
+            "embedder": {"name": config.embedder.name},
+            "live": {},
+        },
+    }
+    text = yaml.safe_dump(options, sort_keys=False)
+    write_atomically(str(root / SERVE_CONFIG), lambda file: file.write(text.encode()))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import faiss
+import httpx
 import orjson
 import pytest
 
@@ -162,3 +163,27 @@ def test_what_it_built_passes_the_format_checks(killed):
         assert rows.shape == (datasets[split].num_chunks, report["knn"]["K"])
         assert rows.max() < datasets["retrieval"].num_chunks
         assert rows.min() >= -1
+
+
+def test_its_model_is_served_with_its_index_and_live_documents(killed):
+    folder, _ = killed
+    command = [sys.executable, "-m", "jobs.serve", "--config", str(folder / "serve.yaml")]
+    with (
+        open(folder / "serve.log", "wb") as log,
+        subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, stderr=log) as server,
+    ):
+        assert server.stdout is not None
+        try:
+            url = json.loads(server.stdout.readline())["url"]
+            assert httpx.get(f"{url}/ui/", timeout=60).status_code == 200
+            fact = "The lighthouse of Quaelbo was founded by Tessa. " * 12
+            added = httpx.post(f"{url}/v1/documents", json={"documents": [{"text": fact}]})
+            assert added.status_code == 200, added.text
+            asked = {"prompt": fact, "max_tokens": 4, "neighbors": 2}
+            answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()
+            found = [n for r in answer["choices"][0]["retrieved"] for n in r["neighbors"]]
+            assert {n["service"] for n in found} == {"static", "dynamic"}
+            assert any("Quaelbo" in n["text"] for n in found)
+        finally:
+            server.terminate()
+            assert server.wait(60) == 0

@@ -1,0 +1,170 @@
+"""The web page: a prompt, everything that can be asked of generation, live documents, and the text
+as it is generated with the neighbors beside it.
+
+In the process of the API, over the same `TextGenerator`; mounted on its application.
+"""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from gradio.components import Component
+
+from model.generate_config import GenerateConfig
+from serving.engine import Job
+from serving.generator import TextGenerator
+from serving.page_markup import draw_error, draw_status, escaped
+from serving.page_options import build_retrieval_options, build_sampling_options, make_options
+from serving.page_services import build_service_panels
+from serving.page_style import CSS, page_theme
+from serving.page_transcript import Transcript
+from serving.security import Credentials
+
+_SHORTEST_WAIT_S = 0.05
+_REASONS = {
+    "eod": "end of the document",
+    "stop": "a stop string",
+    "length": "as many tokens as asked for",
+}
+
+
+def mount_page(
+    app: FastAPI, generator: TextGenerator, path: str, credentials: Credentials
+) -> FastAPI:
+    """The application with the page at a path, behind its login if there is one.
+
+    Args:
+        app: Of `create_app`, which was told the path.
+    """
+    return gr.mount_gradio_app(
+        app,
+        build_page(generator),
+        path,
+        auth=credentials.page_login,
+        theme=page_theme(),
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        max_file_size=1,
+    )
+
+
+def build_page(generator: TextGenerator) -> gr.Blocks:
+    """The page, not mounted. Nothing of it reports to anybody."""
+    title = f"{generator.name} - retromill"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(_draw_title(generator))
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                prompt = gr.Textbox(
+                    "",
+                    label="Prompt",
+                    placeholder="A text to continue",
+                    lines=6,
+                    max_lines=16,
+                    elem_id="prompt",
+                )
+                with gr.Row():
+                    start = gr.Button(
+                        "Generate", variant="primary", min_width=100, elem_id="generate"
+                    )
+                    stop = gr.Button("Stop", min_width=100, elem_id="stop")
+                status = gr.HTML(elem_id="status", elem_classes="rm-message")
+                transcript = gr.HTML(elem_id="transcript")
+            with gr.Column(scale=3, min_width=320):
+                controls = build_retrieval_options(generator)
+                build_service_panels(page, generator)
+                controls |= build_sampling_options(generator)
+        _connect(generator, prompt, controls, (start, stop), [transcript, status])
+    return page.queue(
+        api_open=False, max_size=generator.limits.max_queued, default_concurrency_limit=None
+    )
+
+
+def _connect(
+    generator: TextGenerator,
+    prompt: Component,
+    controls: dict[str, Component],
+    buttons: tuple[gr.Button, gr.Button],
+    outputs: list[Component],
+) -> None:
+    generation = Generation(generator, tuple(controls))
+    start, stop = buttons
+    start.click(
+        generation.stream,
+        [prompt, *controls.values()],
+        outputs,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    stop.click(generation.stop, None, None, show_progress="hidden", api_visibility="private")
+
+
+class StoppedError(Exception):
+    """Someone pressed the button."""
+
+
+class Generation:
+    """What the page calls to generate: HTML of the transcript and of the status, whenever there is
+    something new to see. Whoever leaves ends the generation.
+
+    Args:
+        names: Of the controls whose values follow the prompt.
+    """
+
+    def __init__(self, generator: TextGenerator, names: Sequence[str]) -> None:
+        self._generator, self._names = generator, names
+        self._jobs: dict[str | None, Job] = {}
+
+    async def stream(
+        self, request: gr.Request, prompt: str, *values: Any
+    ) -> AsyncIterator[tuple[Any, str]]:
+        try:
+            options = make_options(dict(zip(self._names, values, strict=True)))
+            yield "", draw_status("waiting for a free slot")
+            opened = self._generator.open([prompt], options.config, options.retrieval)
+            async with await opened as job:
+                self._jobs[request.session_hash] = job
+                async for shown in self._shown(job, options.config):
+                    yield shown
+        except Exception as error:
+            yield gr.skip(), draw_error(error)
+        finally:
+            self._jobs.pop(request.session_hash, None)
+
+    async def stop(self, request: gr.Request) -> None:
+        """Ends what the same opened page has in progress; its slot is free at the next step."""
+        job = self._jobs.get(request.session_hash)
+        if job is not None:
+            self._generator.engine.cancel(job)
+            job.queue.put_nowait(StoppedError())
+
+    async def _shown(self, job: Job, config: GenerateConfig) -> AsyncIterator[tuple[str, str]]:
+        transcript, shown_at = self._transcript(job), 0.0
+        seed = f"; seed {config.seed}" if config.temperature > 0 else ""
+        try:
+            async for _, event in job.events():
+                transcript.add(event)
+                if time.monotonic() - shown_at >= _SHORTEST_WAIT_S:
+                    yield transcript.html(), draw_status(f"{transcript.summary} so far{seed}")
+                    shown_at = time.monotonic()
+            end = "done: " + _REASONS[transcript.finish_reason or ""]
+        except StoppedError:
+            end = "stopped"
+        yield transcript.html(), draw_status(f"{transcript.summary}; {end}{seed}")
+
+    def _transcript(self, job: Job) -> Transcript:
+        services = self._generator.services
+        chunk_size = None if services is None else services.rules.chunk_size
+        return Transcript(self._generator.tokenizer, job.prompts[0].tokens, chunk_size)
+
+
+def _draw_title(generator: TextGenerator) -> str:
+    return f'<div class="rm-title"><h1>{escaped(generator.name)}</h1><span>retromill</span></div>'

@@ -110,7 +110,7 @@ class Decoder:
 
     def cancel(self, sequence: ActiveSequence) -> None:
         """Ends a sequence without a further token; nothing happens if it has ended."""
-        if sequence.finish_reason is None:
+        if sequence in self._running:
             self._remove(sequence)
             sequence.finish_reason = "cancelled"
 
@@ -178,6 +178,6 @@ class Decoder:
                     own[u].encoder_input if u in own else None for u in range(len(tokens) // m)
                 ]
                 row = self._model.cache.add_row(len(sequence.pads), sequence.is_retrieving)
-                logits[sequence] = self._model.read_prompt(row, tokens, chunks).float().cpu()
                 sequence.row = row
+                logits[sequence] = self._model.read_prompt(row, tokens, chunks).float().cpu()
         return logits

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from model.decoding import ActiveSequence, Decoder, RetrievalFailedError, TokenEvent
 from model.generate_config import GenerateConfig
@@ -38,6 +38,8 @@ _LONGEST_RETRY_S = 60
 _PROMPTS_A_STEP = 2
 _SMOOTHING = 0.1
 _LAST_STEP_S = 5.0
+
+_Item: TypeAlias = tuple[int, TokenEvent] | Exception | None
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,14 @@ class Job:
         prompts: In the order of the indexes of events.
     """
 
-    def __init__(self, engine: "Engine", prompts: Sequence[Prompt], timeout_s: float) -> None:
+    def __init__(self, engine: "Engine", prompts: Sequence[Prompt]) -> None:
         self.prompts = tuple(prompts)
         self.is_over = False
         self.arrival = time.monotonic()
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, TokenEvent] | Exception] = asyncio.Queue()
-        self._engine, self._timeout_s = engine, timeout_s
-        self._deadline = self.loop.time() + timeout_s
+        self.queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self._engine = engine
+        self._deadline = self.loop.time() + engine.limits.timeout_s
 
     async def __aenter__(self) -> "Job":
         return self
@@ -84,29 +86,34 @@ class Job:
     ) -> None:
         self._engine.cancel(self)
 
+    def stop(self) -> None:
+        """Ends what is not finished, and `events` behind those that have come. Called in its loop."""
+        self._engine.cancel(self)
+        self.queue.put_nowait(None)
+
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
-        """(index of the prompt, its next token) until all prompts are finished.
+        """(index of the prompt, its next token) until all prompts are finished, or `stop`.
 
         Raises:
             GenerationError: a prompt cannot be continued as asked.
             ServingError: time-out, failed retrieval, or the server ends; the job is over.
         """
         unfinished = len(self.prompts)
-        while unfinished:
-            item = await self._next()
+        while unfinished and (item := await self._next()) is not None:
             if isinstance(item, Exception):
                 raise item
             unfinished -= item[1].finish_reason is not None
             yield item
 
-    async def _next(self) -> tuple[int, TokenEvent] | Exception:
+    async def _next(self) -> "_Item":
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self.queue.get()
         except TimeoutError:
             self._engine.cancel(self)
             return RequestTimeoutError(
-                f"not finished within {self._timeout_s:g} s; ask for fewer tokens, or later"
+                f"not finished within {self._engine.limits.timeout_s:g} s; ask for fewer tokens, "
+                "or later"
             )
 
 
@@ -147,17 +154,14 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, prompts: Sequence[Prompt], timeout_s: float | None = None) -> Job:
+    def submit(self, prompts: Sequence[Prompt]) -> Job:
         """Queues all prompts or none; called with a running event loop, where their events arrive.
-
-        Args:
-            timeout_s: By default that of the limits.
 
         Raises:
             QueueFullError: too many wait; `headers` says when to come again.
             ShuttingDownError: the server is being stopped.
         """
-        job = Job(self, prompts, timeout_s or self.limits.timeout_s)
+        job = Job(self, prompts)
         with self._changed:
             if not self.is_serving:
                 raise _shutting_down()

@@ -107,10 +107,6 @@ def _connect(
     stop.click(generation.stop, None, None, show_progress="hidden", api_visibility="private")
 
 
-class StoppedError(Exception):
-    """Someone pressed the button."""
-
-
 class Generation:
     """What the page calls to generate: HTML of the transcript and of the status, whenever there is
     something new to see. Whoever leaves ends the generation.
@@ -143,21 +139,18 @@ class Generation:
         """Ends what the same opened page has in progress; its slot is free at the next step."""
         job = self._jobs.get(request.session_hash)
         if job is not None:
-            self._generator.engine.cancel(job)
-            job.queue.put_nowait(StoppedError())
+            job.stop()
 
     async def _shown(self, job: Job, config: GenerateConfig) -> AsyncIterator[tuple[str, str]]:
         transcript, shown_at = self._transcript(job), 0.0
         seed = f"; seed {config.seed}" if config.temperature > 0 else ""
-        try:
-            async for _, event in job.events():
-                transcript.add(event)
-                if time.monotonic() - shown_at >= _SHORTEST_WAIT_S:
-                    yield transcript.html(), draw_status(f"{transcript.summary} so far{seed}")
-                    shown_at = time.monotonic()
-            end = "done: " + _REASONS[transcript.finish_reason or ""]
-        except StoppedError:
-            end = "stopped"
+        async for _, event in job.events():
+            transcript.add(event)
+            if time.monotonic() - shown_at >= _SHORTEST_WAIT_S:
+                yield transcript.html(), draw_status(f"{transcript.summary} so far{seed}")
+                shown_at = time.monotonic()
+        reason = transcript.finish_reason
+        end = "stopped" if reason is None else f"done: {_REASONS[reason]}"
         yield transcript.html(), draw_status(f"{transcript.summary}; {end}{seed}")
 
     def _transcript(self, job: Job) -> Transcript:

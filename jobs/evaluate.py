@@ -242,7 +242,8 @@ def _condition_losses(
 def _result(
     config: EvaluateConfig, data: _Data, windows: Windows, losses: dict[str, ChunkSums]
 ) -> dict[str, Any]:
-    """Sums of each condition, its difference from off with interval, and missing baselines."""
+    """Sums of each condition, its difference from off with interval, that of on from random
+    neighbors and baselines, and missing baselines."""
     documents = {name: sums.by_document(data.dataset) for name, sums in losses.items()}
     off, found = documents.get("off"), {}
     for name, sums in losses.items():
@@ -250,7 +251,7 @@ def _result(
         if off is not None and name != "off":
             difference = paired_difference(documents[name].loss, off.loss, off.tokens)
             found[name]["difference_from_off"] = asdict(difference)
-        if name in BASELINES and "on" in documents:
+        if name in (*BASELINES, "random") and "on" in documents:
             on = documents["on"]
             difference = paired_difference(on.loss, documents[name].loss, on.tokens)
             found[name]["difference_of_on"] = asdict(difference)

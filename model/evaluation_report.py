@@ -34,8 +34,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
     said = []
     if "on" in result and "off" in result:
         said += [*_effect(result), *_controls(result), *_sources_of_gain(result)]
-    for name in BASELINES:
-        if name in result and "difference_of_on" in result[name]:
+    for name in ("random", *BASELINES):
+        if "difference_of_on" in result.get(name, {}):
             said.append(_against(name, result[name]))
     if result["missing"]:
         options = " and ".join(BASELINES[name] for name in result["missing"])
@@ -84,7 +84,7 @@ def _controls(result: dict[str, Any]) -> list[str]:
             difference = result[name]["difference_from_off"]
             text = _verdict(difference, f"The control with {name} neighbors")
             is_better = difference["high"] is not None and difference["high"] < 0
-            worry = "; it should not help: look for a leak or a defect" if is_better else ""
+            worry = "; that much of the gain needs no retrieved text" if is_better else ""
             said.append(f"{text} ({_interval(difference)}){worry}.")
     if "oracle" in result:
         difference = result["oracle"]["difference_from_off"]
@@ -117,7 +117,8 @@ def _sources_of_gain(result: dict[str, Any]) -> list[str]:
 
 def _against(name: str, found: dict[str, Any]) -> str:
     difference = found["difference_of_on"]
-    text = _verdict(difference, f"Against the {name.replace('_', ' ')}, retrieval")
+    what = "random neighbors" if name == "random" else f"the {name.replace('_', ' ')}"
+    text = _verdict(difference, f"Against {what}, retrieval")
     return f"{text} ({_interval(difference)})."
 
 

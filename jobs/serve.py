@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,8 +46,8 @@ class ServeConfig:
         model_url: Folder of an exported model (jobs.export_model).
         run_url: Folder of a jobs.pretrain run, whose newest checkpoint is served; instead of
             model_url.
-        dataset_url: Folder of a dataset with the run's tokenizer; with a run_url that is served
-            without an index.
+        dataset_url: Folder of a dataset with the run's tokenizer; only with a run_url that is
+            served without an index.
         name: Of the model, for clients; by default the last part of its URL.
         retrieval: What there is to retrieve from; nothing: retrieval is off.
         host: Address to listen on. Others than this machine's own need secrets.
@@ -74,21 +74,24 @@ class ServeConfig:
 
 
 def run(config: ServeConfig) -> None:
+    if config.security.page_file is not None and not config.page:
+        raise ValueError(
+            "security.page_file has no effect without the page; set page, or leave it out"
+        )
     credentials = load_credentials(config.security, os.environ)
     check_exposure(config.host, credentials, config.page)
     with bind(config.host, config.port) as bound:
         url = url_of(bound)
         generator = open_generator(config)
         app = create_app(generator, credentials, _PAGE if config.page else None)
-        if config.page:
-            app = _with_page(app, generator, credentials)
+        leave = _mount_page(app, generator, credentials) if config.page else None
 
         def announce() -> None:
             page = f", its page at {url}{_PAGE}" if config.page else ""
             print(f"{generator.name} is served at {url}{page}", file=sys.stderr, flush=True)
             print(json.dumps({"url": url, "model": generator.name}), flush=True)
 
-        serve(app, generator.engine, bound, announce)
+        serve(app, generator.engine, bound, announce, leave)
 
 
 def open_generator(config: ServeConfig) -> TextGenerator:
@@ -97,11 +100,17 @@ def open_generator(config: ServeConfig) -> TextGenerator:
     Raises:
         FileNotFoundError: no model, index or dataset.
         StorageError: they do not belong together.
-        ValueError: not exactly one model, retrieval for a plain decoder, or no such device.
+        ValueError: not exactly one model, a dataset that nothing is read from, retrieval for a
+            plain decoder, or no such device.
     """
     if (config.model_url is None) == (config.run_url is None):
         raise ValueError(
             f"model_url is {config.model_url}, run_url is {config.run_url}; name one of them"
+        )
+    if config.dataset_url is not None and (config.model_url or config.retrieval.retrieval_url):
+        raise ValueError(
+            f"dataset_url is {config.dataset_url}, but the exported model or the retrieval dataset "
+            "has the tokenizer; leave dataset_url out"
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device; set device to cpu")
@@ -165,7 +174,9 @@ def _decoder(model: Retro, tokenizer: TextTokenizer, limits: Limits) -> Decoder:
     return Decoder(model, limits.max_sequences, length, neighbors, decode, tokenizer.pad_id)
 
 
-def _with_page(app: FastAPI, generator: TextGenerator, credentials: Credentials) -> FastAPI:
+def _mount_page(
+    app: FastAPI, generator: TextGenerator, credentials: Credentials
+) -> Callable[[], None]:
     from serving.page import mount_page
 
     return mount_page(app, generator, _PAGE, credentials)

@@ -50,6 +50,10 @@ class Decoder:
         decode: Decode | None = None,
         pad_id: int | None = None,
     ) -> None:
+        if max_sequences < 1 or max_length < 1:
+            raise GenerationError(
+                f"max_sequences is {max_sequences}, max_length {max_length}; expected at least 1"
+            )
         self._config = model.config
         self._max_sequences, self._max_length = max_sequences, max_length
         self._max_neighbors = max_neighbors

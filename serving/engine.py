@@ -87,7 +87,8 @@ class Job:
         self._engine.cancel(self)
 
     def stop(self) -> None:
-        """Ends what is not finished, and `events` behind those that have come. Called in its loop."""
+        """Ends what is not finished, and `events` after those that have come. Call it in the loop
+        of the job."""
         self._engine.cancel(self)
         self.queue.put_nowait(None)
 

@@ -19,6 +19,7 @@ from serving.measures import Measures
 from serving.security import Credentials, is_loopback
 
 HEALTH = "/healthz"
+MANIFEST, FAVICON = "/manifest.json", "/favicon.ico"
 
 
 def require_json(request: Request) -> None:
@@ -40,7 +41,8 @@ class Guard:
     reaches it from a browser).
 
     Args:
-        page_path: Where the page is; it has a login of its own.
+        page_path: Where the page is; it has a login of its own. Browsers ask for its manifest and
+            icon at the root.
     """
 
     def __init__(self, app: ASGIApp, credentials: Credentials, page_path: str | None) -> None:
@@ -75,7 +77,7 @@ class Guard:
 
     def _is_page(self, path: str) -> bool:
         return self._page_path is not None and (
-            path == self._page_path or path.startswith(f"{self._page_path}/")
+            path in (self._page_path, MANIFEST, FAVICON) or path.startswith(f"{self._page_path}/")
         )
 
 

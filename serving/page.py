@@ -5,16 +5,20 @@ In the process of the API, over the same `TextGenerator`; mounted on its applica
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, HTTPException, Request
 from gradio.components import Component
+from gradio.routes import App
+from starlette.responses import Response
+from starlette.routing import Mount
 
 from model.generate_config import GenerateConfig
 from serving.engine import Job
 from serving.generator import TextGenerator
+from serving.guard import FAVICON, MANIFEST
 from serving.page_markup import draw_error, draw_status, escaped
 from serving.page_options import build_retrieval_options, build_sampling_options, make_options
 from serving.page_services import build_service_panels
@@ -23,6 +27,18 @@ from serving.page_transcript import Transcript
 from serving.security import Credentials
 
 _SHORTEST_WAIT_S = 0.05
+_ROOT_FILES = {
+    MANIFEST: lambda _: Response('{"name": "retromill"}', media_type="application/manifest+json"),
+    FAVICON: lambda _: Response(status_code=204),
+}
+_LOGIN_ROUTES = {
+    "/",
+    "/login",
+    "/login/",
+    "/theme.css",
+    "/assets/{path:path}",
+    "/static/{path:path}",
+}
 _REASONS = {
     "eod": "end of the document",
     "stop": "a stop string",
@@ -32,17 +48,28 @@ _REASONS = {
 
 def mount_page(
     app: FastAPI, generator: TextGenerator, path: str, credentials: Credentials
-) -> FastAPI:
-    """The application with the page at a path, behind its login if there is one.
+) -> Callable[[], None]:
+    """Adds the page at a path, behind its login if there is one.
 
     Args:
         app: Of `create_app`, which was told the path.
+
+    Returns:
+        To be called in the server's loop when it stops: ends the connection that every opened page
+        keeps.
     """
-    return gr.mount_gradio_app(
+    is_guarded = credentials.page_login is not None
+    for file, answer in _ROOT_FILES.items():
+        app.add_route(file, answer, include_in_schema=False)
+    gr.mount_gradio_app(
         app,
         build_page(generator),
         path,
         auth=credentials.page_login,
+        app_kwargs={
+            "dependencies": [Depends(_require_login)] if is_guarded else [],
+            "openapi_url": None,
+        },
         theme=page_theme(),
         css=CSS,
         footer_links=[],
@@ -54,6 +81,23 @@ def mount_page(
         enable_monitoring=False,
         max_file_size=1,
     )
+    [page] = [route.app for route in app.routes if isinstance(route, Mount) and route.path == path]
+    assert isinstance(page, App)
+    return page.stop_event.set
+
+
+def _require_login(request: Request) -> None:
+    """gradio asks for the login at some of its routes only, so it is asked for at all but those of
+    the login form.
+
+    Raises:
+        HTTPException: nobody has logged in.
+    """
+    page = request.app
+    names = (f"access-token-{page.cookie_id}", f"access-token-unsecure-{page.cookie_id}")
+    is_known = any(request.cookies.get(name) in page.tokens for name in names)
+    if not is_known and request.scope["route"].path not in _LOGIN_ROUTES:
+        raise HTTPException(401, "log in first")
 
 
 def build_page(generator: TextGenerator) -> gr.Blocks:

@@ -30,6 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         AddressError: no such address on this machine, or in use.
     """
+    if not 0 <= port < 1 << 16:
+        raise AddressError(f"port is {port}; expected 0 to 65535, 0 for any that is free")
     try:
         [(family, kind, _, _, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -51,11 +53,18 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: ASGIApp, engine: Engine, bound: socket.socket, announce: Callable[[], None]) -> None:
+def serve(
+    app: ASGIApp,
+    engine: Engine,
+    bound: socket.socket,
+    announce: Callable[[], None],
+    leave: Callable[[], None] | None = None,
+) -> None:
     """Starts the engine, serves until SIGTERM or SIGINT, and ends what is in progress.
 
     Args:
         announce: Called once connections are accepted.
+        leave: Called when no more are, to end those that would stay for good.
     """
     engine.start()
     config = uvicorn.Config(
@@ -69,7 +78,7 @@ def serve(app: ASGIApp, engine: Engine, bound: socket.socket, announce: Callable
         timeout_graceful_shutdown=int(engine.limits.grace_s + _AFTER_GRACE_S),
     )
     try:
-        _Server(config, engine, announce).run([bound])
+        _Server(config, engine, announce, leave).run([bound])
     finally:
         engine.close()
 
@@ -78,15 +87,24 @@ class _Server(uvicorn.Server):
     """Tells when it listens; a signal is an ordinary end."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, announce: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        announce: Callable[[], None],
+        leave: Callable[[], None] | None,
     ) -> None:
         super().__init__(config)
-        self._engine, self._announce = engine, announce
+        self._engine, self._announce, self._leave = engine, announce, leave
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._leave is not None:
+            self._leave()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal stops gracefully, a second one at once."""

@@ -69,13 +69,15 @@ def open_services(
         StorageError: they do not belong together, or saved live documents are damaged or of
             something else.
         EmbedderError: the embedder cannot be loaded.
-        ValueError: one of index_url and retrieval_url alone, or nothing that tells the tokenizer.
+        ValueError: one of index_url and retrieval_url alone, options of a service that there is
+            not, or nothing that tells the tokenizer.
     """
     if (config.index_url is None) != (config.retrieval_url is None):
         raise ValueError(
             f"index_url is {config.index_url}, retrieval_url is {config.retrieval_url}; name an "
             "index together with the retrieval dataset that it was built from, or neither"
         )
+    _check_used(config)
     if config.index_url is None and config.live is None:
         return None
     exported = None if model_url is None else ChunkRules.of_export(model_url)
@@ -87,6 +89,23 @@ def open_services(
     if config.live is not None:
         dynamic = LiveDocuments(_rules(static, exported), embedder, config.live)
     return RetrievalServices(static, dynamic, _combined(config, static, dynamic))
+
+
+def _check_used(config: RetrievalConfig) -> None:
+    unused = []
+    if config.index_url is None:
+        unused += [name for name in ("nprobe", "static_weight") if _is_set(config, name)]
+    if config.live is None:
+        unused += [name for name in ("dynamic_weight",) if _is_set(config, name)]
+    if unused:
+        raise ValueError(
+            f"{unused} have no effect: nprobe and static_weight belong to an index, dynamic_weight "
+            "to live documents; leave them out, or name an index_url or live"
+        )
+
+
+def _is_set(config: RetrievalConfig, name: str) -> bool:
+    return getattr(config, name) != getattr(RetrievalConfig(), name)
 
 
 def _rules(static: LocalRetriever | None, exported: ChunkRules | None) -> ChunkRules:

@@ -105,6 +105,19 @@ def test_a_signal_ends_the_server_after_what_it_has_begun(made, number):
     assert "Traceback" not in log
 
 
+def test_an_open_page_does_not_hold_the_end_up(made):
+    """Its browser keeps a connection that would have to be cut off."""
+    served = Process(f"--model_url={made.model_url}", "--page=true")
+    with httpx.stream("GET", f"{served.url}/ui/gradio_api/heartbeat/own", timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert "ALIVE" in next(lines)
+        served.process.terminate()
+        list(lines)
+    code, rest, log = served.end()
+    assert (code, rest) == (0, ""), log
+    assert "Traceback" not in log
+
+
 def test_after_a_kill_the_documents_are_there_and_the_address_is_free(made, tmp_path):
     live = f"--retrieval.live.url={tmp_path / 'live'}"
     options = [f"--model_url={made.model_url}", live, *EMBEDDER_OPTIONS]
@@ -158,10 +171,14 @@ def test_a_plain_decoder_is_served_without_retrieval_only(data, tmp_path):
         (["--model_url={made.model_url}", "--run_url={made.run_url}"], "name one of them"),
         (["--model_url={tmp}"], "expected the output_url of a finished jobs.export_model"),
         (["--run_url={made.run_url}"], "dataset_url"),
+        (["--model_url={made.model_url}", "--security.page_file=/nowhere"], "without the page"),
+        (["--model_url={made.model_url}", "--dataset_url=/nowhere"], "leave dataset_url out"),
+        (["--run_url={made.run_url}", "--dataset_url=/nowhere", *INDEX], "leave dataset_url out"),
         (["--model_url={made.model_url}", "--host=0.0.0.0"], "no API tokens"),
         (["--model_url={made.model_url}", "--host=203.0.113.7"], "no API tokens"),
         (["--model_url={made.model_url}", "--security.tokens_file={tmp}/open"], "chmod 600"),
         (["--model_url={made.model_url}", "--device=cuda"], "no CUDA device"),
+        (["--model_url={made.model_url}", "--port=70000"], "expected 0 to 65535"),
         (
             ["--run_url={other}", *INDEX, *EMBEDDER_OPTIONS],
             "has chunk_size 8, the dataset",

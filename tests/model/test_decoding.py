@@ -237,3 +237,9 @@ def test_what_cannot_be_started_is_refused():
     with pytest.raises(GenerationError, match="plain decoder"):
         decoder(tiny(dec_cross_attention=())).start([2], config(), retriever)
     assert engine.free == 4
+
+
+def test_a_decoder_without_room_is_refused():
+    for room in ((0, 16), (2, 0)):
+        with pytest.raises(GenerationError, match="expected at least 1"):
+            Decoder(tiny(), *room)

@@ -26,7 +26,8 @@ PAGE = "/ui"
 @contextmanager
 def page_server(generator, credentials):
     """The URL of a real server with a page."""
-    app = mount_page(create_app(generator, credentials, PAGE), generator, PAGE, credentials)
+    app = create_app(generator, credentials, PAGE)
+    mount_page(app, generator, PAGE, credentials)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
     served, bound = uvicorn.Server(config), socket.socket()
     bound.bind(("127.0.0.1", 0))

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from model.decoding import ActiveSequence
 from model.generate_config import GenerateConfig, GenerationError
+from model.incremental import IncrementalRetro
 from serving.errors import (
     QueueFullError,
     RequestTimeoutError,
@@ -116,6 +118,22 @@ def test_what_does_not_fit_the_queue_is_refused_whole(small):
     assert (6,) not in small.decoder.started
 
 
+def test_a_job_that_is_stopped_has_what_had_come_and_frees_its_slot(small):
+    async def stop():
+        async with await small.generator.open([[5]], GREEDY, False) as job:
+            events = job.events()
+            await anext(events)
+            small.decoder.may_step.clear()
+            job.stop()
+            left = [event async for event in events]
+            small.decoder.may_step.set()
+            await asyncio.to_thread(wait_until, lambda: small.engine.num_running == 0)
+        return left
+
+    assert all(event.finish_reason is None for _, event in asyncio.run(stop()))
+    assert small.decoder.free == 2
+
+
 @pytest.mark.parametrize("is_running", [True, False])
 def test_a_job_that_is_left_frees_its_slots_and_its_places(small, is_running):
     async def leave():
@@ -188,6 +206,30 @@ def test_a_fault_of_the_decoder_ends_who_is_running_and_nothing_else(small):
     assert isinstance(fault, ServingError)
     assert (fault.status, "memory" in fault.message) == (500, False)
     assert len(after[0]) == 30
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(IncrementalRetro, "read_prompt"), (ActiveSequence, "add_token")]
+)
+def test_a_fault_in_the_middle_of_a_step_leaves_nothing_behind(small, monkeypatch, owner, name):
+    """The first of two prompts is read, or has its last token, when the second one fails."""
+    working, calls = getattr(owner, name), []
+
+    def second_fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return working(*args)
+
+    async def broken():
+        job = await small.generator.open([[5], [6]], GenerateConfig(1), False)
+        with pytest.raises(ServingError):
+            await finished(job)
+        return await finished(await small.generator.open([[5]] * 3, GREEDY, False))
+
+    monkeypatch.setattr(owner, name, second_fails)
+    assert [len(tokens) for tokens in asyncio.run(broken())] == [30] * 3
+    assert small.decoder.free == 2
 
 
 def test_what_the_decoder_refuses_reaches_its_client_only(small):

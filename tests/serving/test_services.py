@@ -107,3 +107,14 @@ def test_the_same_list_of_texts_is_embedded_once():
     assert shared.embed(("a", "b")) is first
     with pytest.raises(ValueError, match="read-only"):
         first[0] = 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"nprobe": 4}, {"static_weight": 0.5}, {"dynamic_weight": 0.5}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_a_service_that_is_not_there_are_refused(options):
+    [name] = options
+    with pytest.raises(ValueError, match=rf"\['{name}'\] have no effect"):
+        open_services(RetrievalConfig(**options))

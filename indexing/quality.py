@@ -41,7 +41,11 @@ def measure(judged: Judged, scratch: Path) -> dict[str, Any]:
         StorageError: an index, embeddings or map file is missing or damaged.
         KNNMapError: the map holds ids that are no chunks.
     """
-    tables = Tables(scratch, judged.options.backend)
+    with quality_tables.in_this_process():
+        return _measure(judged, scratch, Tables(scratch, judged.options.backend))
+
+
+def _measure(judged: Judged, scratch: Path, tables: Tables) -> dict[str, Any]:
     chunks = quality_rows.write_chunks(scratch / "chunks", judged.retrieval, judged.index)
     quality_rows.write_documents(scratch / "documents", judged.retrieval)
     queries = judged.training or judged.retrieval

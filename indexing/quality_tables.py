@@ -32,6 +32,12 @@ def check_backend(backend: Backend) -> None:
         )
 
 
+def in_this_process() -> Any:
+    """A context in which tables are counted by threads of this process, whatever Dask client there
+    is or was: its workers may not see the folder."""
+    return dask_config.set(scheduler="threads")
+
+
 @dataclass(frozen=True)
 class Tables:
     """The folders of Parquet files, and what reads them."""

@@ -174,8 +174,11 @@ class Trainer:
             about = self.checkpointer.about["run"]
             metrics = MetricsLog(metrics_config, self.run_url, self.step, about)
         stopped = None
-        if self.step < self.max_steps:
-            stopped = self._train(metrics, metrics_config.interval)
+        try:
+            if self.step < self.max_steps:
+                stopped = self._train(metrics, metrics_config.interval)
+        finally:
+            torch.set_flush_denormal(False)
         self.checkpointer.wait()
         if metrics is not None:
             metrics.close()

@@ -176,10 +176,10 @@ def test_its_model_is_served_with_its_index_and_live_documents(killed):
         try:
             url = json.loads(server.stdout.readline())["url"]
             assert httpx.get(f"{url}/ui/", timeout=60).status_code == 200
-            fact = "The lighthouse of Quaelbo was founded by Tessa. " * 12
+            fact = "The lighthouse of Quaelbo was founded by Tessa."
             added = httpx.post(f"{url}/v1/documents", json={"documents": [{"text": fact}]})
             assert added.status_code == 200, added.text
-            asked = {"prompt": fact, "max_tokens": 4, "neighbors": 4}
+            asked = {"prompt": fact, "max_tokens": 4, "neighbors": 2, "pad_tokens": True}
             answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()
             found = [n for r in answer["choices"][0]["retrieved"] for n in r["neighbors"]]
             assert {n["service"] for n in found} == {"static", "dynamic"}

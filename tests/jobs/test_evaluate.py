@@ -228,3 +228,7 @@ def test_a_plain_decoder_is_measured_off_and_compared_with_nothing(config):
         evaluate.run(replace(config, equal_step_url=config.run_url))
     json.dumps(found)
     assert Dataset(config.dataset_url).manifest.split == "test"
+
+
+def test_training_in_a_process_leaves_its_arithmetic_as_it_was(config):
+    assert np.full(64, 1e-310).sum() > 0

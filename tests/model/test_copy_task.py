@@ -49,11 +49,18 @@ def copy_batch(step):
     )
 
 
+@pytest.fixture
+def flushed_denormals():
+    """As a trainer sets it; some libraries refuse to work with it."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.mark.slow
-def test_loss_with_retrieval_ends_far_below_the_loss_without():
+def test_loss_with_retrieval_ends_far_below_the_loss_without(flushed_denormals):
     model = Retro(CONFIG)
     initialize(model, 0)
-    torch.set_flush_denormal(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
 
     def loss(step, retrieval):

@@ -35,7 +35,7 @@ def check_backend(backend: Backend) -> None:
 def in_this_process() -> Any:
     """A context in which tables are counted by threads of this process, whatever Dask client there
     is or was: its workers may not see the folder."""
-    return dask_config.set(scheduler="threads")
+    return dask_config.set({"scheduler": "threads", "dataframe.shuffle.method": "tasks"})
 
 
 @dataclass(frozen=True)

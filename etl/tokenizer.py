@@ -64,6 +64,10 @@ class TextTokenizer(ABC):
         """Text of each row of ids [N, n], special tokens dropped; broken UTF-8 at the edges becomes
         U+FFFD."""
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids [n], special tokens dropped."""
+        return self.decode_batch(np.asarray([token_ids], np.int64))[0]
+
     @cached_property
     @abstractmethod
     def token_bytes(self) -> list[bytes]:

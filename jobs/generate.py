@@ -2,11 +2,8 @@
 retrieval dataset | prints a text, and the neighbors it was written with.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from etl.dataset import Dataset
 from indexing.embedder import EmbedderConfig
@@ -48,12 +45,8 @@ def run(config: GenerateJobConfig) -> dict[str, Any]:
     if config.index_url is not None:
         retriever = LocalRetriever(config.index_url, config.retrieval_url, config.embedder)
     [prompt] = tokenizer.encode_batch([config.prompt])
-
-    def decode(token_ids: Sequence[int]) -> str:
-        return tokenizer.decode_batch(np.asarray([token_ids], np.int64))[0]
-
     prompts, pad = [prompt.ids.tolist()], dataset.manifest.pad_id
-    [found] = generate(model, prompts, config.generation, retriever, decode, pad)
+    [found] = generate(model, prompts, config.generation, retriever, tokenizer.decode, pad)
     return {
         "prompt": config.prompt,
         "text": found.text,

@@ -6,11 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 from fastapi import FastAPI
 
@@ -165,13 +164,11 @@ def _tokenizer(
 
 
 def _decoder(model: Retro, tokenizer: TextTokenizer, limits: Limits) -> Decoder:
-    def decode(token_ids: Sequence[int]) -> str:
-        return tokenizer.decode_batch(np.asarray([token_ids], np.int64))[0]
-
     # A prompt is filled up with less than a chunk.
     length = model.config.chunk_size + limits.max_prompt_tokens + limits.max_new_tokens
     neighbors = limits.max_neighbors if model.config.has_retrieval else 0
-    return Decoder(model, limits.max_sequences, length, neighbors, decode, tokenizer.pad_id)
+    decode, pad_id = tokenizer.decode, tokenizer.pad_id
+    return Decoder(model, limits.max_sequences, length, neighbors, decode, pad_id)
 
 
 def _mount_page(

@@ -7,7 +7,6 @@ process.
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import numpy as np
 from starlette.concurrency import run_in_threadpool
 
 from etl.tokenizer import TextTokenizer
@@ -113,7 +112,7 @@ class TextGenerator:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones dropped."""
-        return self.tokenizer.decode_batch(np.asarray([token_ids], np.int64))[0]
+        return self.tokenizer.decode(token_ids)
 
     def token_text(self, token: int) -> str:
         """Of a single token, for people: `bytes:...` where it is no whole character."""

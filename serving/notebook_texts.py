@@ -42,10 +42,7 @@ def continuations(
         GenerationError: a prompt without text, or options that do not fit the model.
     """
     rules = retriever.rules
-
-    def decode(token_ids: Sequence[int]) -> str:
-        return rules.tokenizer.decode_batch(np.asarray([token_ids], np.int64))[0]
-
+    decode = rules.tokenizer.decode
     ids = [encoded.ids.tolist() for encoded in rules.tokenizer.encode_batch(list(prompts))]
     on, off = (
         generate(model, ids, config, service, decode, rules.pad_id) for service in (retriever, None)

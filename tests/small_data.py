@@ -90,18 +90,21 @@ def chosen_map(folder, training, retrieval):
     return write_map(folder, training, retrieval, ids)
 
 
-def write_map(folder, training, retrieval, ids):
-    """A finished map of neighbor ids [chunks, K]."""
+def write_map(folder, training, retrieval, ids, chunk_start=0, **details):
+    """A finished map of neighbor ids [chunks, K], of chunks from chunk_start on; details are more
+    entries of its manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
     stage = StageFolder(str(folder / "map"))
     path = folder / "map.knn"
     with open(path, "wb") as file:
-        write_knn_map(file, ids)
+        write_knn_map(file, ids, chunk_start)
     [stored] = stage.store("map", path)
     value = {
         "files": {"map": asdict(stored)},
         "training_fingerprint": training.manifest.fingerprint,
         "retrieval_fingerprint": retrieval.manifest.fingerprint,
         "k": ids.shape[1],
+        **details,
     }
     stage.publish(knn_manifest.NAME.removesuffix(".json"), value)
     return open_map(stage.url)

@@ -8,7 +8,6 @@ embedder finds for all held-out places.
 
 import json
 import random
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -22,14 +21,12 @@ from etl.split_writer import SplitTask
 from etl.splits import SplitRule, parse_weights
 from etl.storage import StageFolder
 from etl.tokenizer import EOD_TOKENS, load_tokenizer
-from indexing import knn_manifest
 from indexing.cluster import ClusterConfig
 from indexing.knn_manifest import open_map
-from indexing.knn_map import write_knn_map
 from jobs import build_index, build_knn_map, evaluate, pretrain
 from jobs import make_facts as make_facts_job
 from tests.indexing.job_runs import EMBEDDER
-from tests.small_data import Data, commit
+from tests.small_data import Data, commit, write_map
 from tests.training_job import job, plain
 
 pytestmark = pytest.mark.slow
@@ -111,18 +108,7 @@ def statement_map(folder, training, retrieval):
     ids = np.full((training.num_chunks, 1), -1, np.int64)
     asking = [statements[row.tobytes()] for row in first_chunks(training)]
     ids[training.document_first_chunk[:-1], 0] = asking
-    stage, path = StageFolder(str(folder / "map")), folder / "map.knn"
-    with open(path, "wb") as file:
-        write_knn_map(file, ids)
-    [stored] = stage.store("map", path)
-    value = {
-        "files": {"map": asdict(stored)},
-        "training_fingerprint": training.manifest.fingerprint,
-        "retrieval_fingerprint": retrieval.manifest.fingerprint,
-        "k": 1,
-    }
-    stage.publish(knn_manifest.NAME.removesuffix(".json"), value)
-    return open_map(stage.url)
+    return write_map(folder, training, retrieval, ids)
 
 
 def searched_map(folder, queries, retrieval):

@@ -3,19 +3,16 @@ files throughout; the vectors are made up, so there is no embedder."""
 
 import json
 import random
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from etl.storage import StageFolder
-from indexing import index_build, knn_manifest
+from indexing import index_build
 from indexing.built_index import open_index
-from indexing.knn_manifest import open_map
-from indexing.knn_map import write_knn_map
 from tests import small_data
 from tests.indexing.made_up_vectors import store_embeddings
-from tests.small_data import CHUNK_SIZE, Data
+from tests.small_data import CHUNK_SIZE, Data, write_map
 from tests.texts import SUBJECTS
 
 K = 3
@@ -107,24 +104,6 @@ def hub_neighbors(training, retrieval, hub):
     return found
 
 
-def store_map(folder, training, retrieval, neighbors, **details):
-    folder.mkdir(exist_ok=True)
-    path = folder / "map.knn"
-    with open(path, "wb") as file:
-        write_knn_map(file, neighbors)
-    stage = StageFolder(str(folder))
-    [stored] = stage.store("map", path)
-    value = {
-        "files": {"map": asdict(stored)},
-        "training_fingerprint": training.manifest.fingerprint,
-        "retrieval_fingerprint": retrieval.manifest.fingerprint,
-        "k": neighbors.shape[1],
-        **details,
-    }
-    stage.publish(knn_manifest.NAME.removesuffix(".json"), value)
-    return open_map(stage.url)
-
-
 def script_chunk(retrieval):
     """The chunk whose text begins with the markup."""
     return int(retrieval.document_first_chunk[7])
@@ -135,5 +114,5 @@ def plant(folder, tokenizer_url):
     training, retrieval = judged_data(folder, tokenizer_url)
     index = build_index(folder, retrieval, judged_vectors(retrieval))
     neighbors = hub_neighbors(training, retrieval, script_chunk(retrieval))
-    built = store_map(folder / "map", training, retrieval, neighbors)
+    built = write_map(folder, training, retrieval, neighbors)
     return Data(training, retrieval, built), index

@@ -2,7 +2,7 @@
 
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fsspec
@@ -12,16 +12,14 @@ import pytest
 from etl.cache import CACHE_VARIABLE
 from etl.dataset import Dataset
 from etl.storage import StageFolder, StorageError, StoredFile, create_json
-from indexing import knn_manifest
 from indexing.join import join
 from indexing.join_plan import JoinConfig, describe_join, plan_join
 from indexing.join_shards import JoinTask, Payloads, PayloadSource
 from indexing.joined import JoinedError
 from indexing.joined_manifest import NAME, open_joined
-from indexing.knn_manifest import open_map
-from indexing.knn_map import write_knn_map
 from jobs.join_neighbors import run
 from model.samples import NeighborReader, SampleReader
+from tests import small_data
 
 pytestmark = pytest.mark.spark
 LENGTH, K = 64, 2
@@ -46,19 +44,8 @@ def near_map(data, tmp_path_factory):
 
 
 def write_map(folder, data, ids):
-    stage = StageFolder(str(folder / "map"))
-    with open(folder / "map.knn", "wb") as file:
-        write_knn_map(file, ids)
-    [stored] = stage.store("map", folder / "map.knn")
-    value = {
-        "files": {"map": asdict(stored)},
-        "training_fingerprint": data.training.manifest.fingerprint,
-        "retrieval_fingerprint": data.retrieval.manifest.fingerprint,
-        "index_fingerprint": "of an index",
-        "k": ids.shape[1],
-    }
-    stage.publish(knn_manifest.NAME.removesuffix(".json"), value)
-    return open_map(stage.url)
+    known = {"index_fingerprint": "of an index"}
+    return small_data.write_map(folder, data.training, data.retrieval, ids, **known)
 
 
 @pytest.fixture

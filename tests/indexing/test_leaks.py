@@ -1,6 +1,6 @@
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,9 @@ from etl.retmmap import HEADER, Layout
 from etl.shard_writer import Piece, ShardWriter
 from etl.storage import StageFolder, StorageError, create_json
 from etl.tokenizer import Encoded
-from indexing import knn_manifest
-from indexing.knn_manifest import open_map
-from indexing.knn_map import KNNMapError, write_knn_map
+from indexing.knn_map import KNNMapError
 from indexing.leaks import REMEDIES, LeakError, scan_map
+from tests.small_data import write_map
 
 SIZE, EOD, PAD = 8, 98, 99
 # Key, cluster and tokens of each document. NeMo's padding gives one of 16 tokens a chunk of pads.
@@ -63,22 +62,6 @@ def write_dataset(folder, split, documents, stride=SIZE):
     )
     create_json(stage.path_of(NAME), manifest.to_json())
     return Dataset(stage.url)
-
-
-def write_map(folder, dataset, retrieval, ids, chunk_start=0, **details):
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "map.knn", "wb") as file:
-        write_knn_map(file, ids, chunk_start)
-    stage = StageFolder(str(folder / "map"))
-    [stored] = stage.store("map", folder / "map.knn")
-    value = {
-        "files": {"map": asdict(stored)},
-        "training_fingerprint": dataset.manifest.fingerprint,
-        "retrieval_fingerprint": retrieval.manifest.fingerprint,
-        **details,
-    }
-    stage.publish(knn_manifest.NAME.removesuffix(".json"), value)
-    return open_map(stage.url)
 
 
 def chunk_of(dataset, key, number=0):

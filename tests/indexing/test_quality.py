@@ -33,9 +33,9 @@ from tests.indexing.judged_index import (
     judged_vectors,
     plant,
     script_chunk,
-    store_map,
 )
 from tests.indexing.made_up_vectors import brute_force
+from tests.small_data import write_map
 
 HAS_CUDF = find_spec("cudf") is not None and find_spec("dask_cudf") is not None
 BACKENDS = [
@@ -378,7 +378,7 @@ def test_numbers_below_one_are_refused(name):
 def test_a_map_without_any_neighbor_is_measured(planted, tmp_path):
     data, index = planted
     nothing = np.full((data.training.num_chunks, K), -1)
-    built = store_map(tmp_path / "map", data.training, data.retrieval, nothing)
+    built = write_map(tmp_path, data.training, data.retrieval, nothing)
     judged = Judged(index, data.retrieval, data.training, built, options=QualityOptions(K))
     found = measure(judged, tmp_path)
     assert found["lists"]["without"] == found["lists"]["rows"] > 0

@@ -15,7 +15,8 @@ from etl.storage import read_json
 from jobs import check_index
 from jobs.check_index import CheckIndexConfig
 from jobs.command_line import run_job
-from tests.indexing.judged_index import SCRIPT, K, plant, script_chunk, store_map
+from tests.indexing.judged_index import SCRIPT, K, plant, script_chunk
+from tests.small_data import write_map
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_a_map_that_leaks_gets_its_report_and_then_fails(planted, tmp_path, caps
     neighbors = np.array(data.map.load().neighbors)
     own = data.retrieval.chunk_to_doc(np.arange(data.retrieval.num_chunks)) == 0
     neighbors[0, 0] = np.flatnonzero(own)[1]
-    built = store_map(tmp_path / "map", data.training, data.retrieval, neighbors)
+    built = write_map(tmp_path, data.training, data.retrieval, neighbors)
     args = arguments(planted, tmp_path / "checks", map_url=built.url)
     messages = []
     for _ in range(2):
@@ -185,7 +186,7 @@ def test_input_that_does_not_belong_together_is_refused(planted, data, tmp_path,
     for message, options in wrong.items():
         code, _, err = run(capsys, arguments(planted, tmp_path, **options))
         assert (code, message in err) == (2, True), err
-    other = store_map(
+    other = write_map(
         tmp_path / "map",
         planted[0].training,
         planted[0].retrieval,

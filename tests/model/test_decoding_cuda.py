@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import RetroConfig
 from model.decoding import Decoder
 from model.decoding_pass import ChunkNeighbors
 from model.generate_config import GenerateConfig
 from model.incremental import IncrementalRetro
-from model.initialization import initialize
-from model.retro import Retro
 from tests.model.plain_decoding import ByContent
 from tests.model.test_causality import EOD, tiny
+from tests.model.test_cuda import VOCABULARY, M, build
 from tests.model.test_families import FAMILIES
 
 pytestmark = [
@@ -22,26 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-VOCABULARY, M, K, LENGTH, PROMPTS = 300, 16, 2, 120, (1, 17, 50, 64)
-
-
-def build(**changes):
-    shape = {
-        "hidden_size": 128,
-        "ffn_hidden_size": 256,
-        "num_attention_heads": 4,
-        "dec_num_layers": 4,
-        "dec_cross_attention": (1, 3),
-        "enc_num_layers": 2,
-        "enc_cross_attention": (0,),
-        "init_method_std": 0.1,
-        "vocab_size": VOCABULARY,
-        "eod_id": EOD,
-        "chunk_size": M,
-    }
-    model = Retro(RetroConfig(**(shape | changes)))
-    initialize(model, 0)
-    return model
+K, LENGTH, PROMPTS = 2, 120, (1, 17, 50, 64)
 
 
 def forced(decoder, tokens, neighbors):

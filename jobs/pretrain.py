@@ -27,11 +27,12 @@ from model.checkpoint import (
     require_checkpoint,
 )
 from model.config import ModelConfig, RetroConfig
-from model.initialization import initialize, start_retrieval_from_decoder
+from model.initialization import initialize
 from model.metrics import MetricsConfig
 from model.mup import BaseShapes, WidthScales, read_shape_file, width_scales, with_mup
 from model.optimizer import OptimConfig, build_optimizer, check_name
 from model.parallel import ParallelConfig, end_with, parallelize, process_group
+from model.retrieval_start import start_copying, start_retrieval_from_decoder
 from model.retro import Retro, is_retrieval_parameter
 from model.throughput import Throughput, peak_flops
 from model.trainer import Trainer, TrainerConfig, describe
@@ -59,6 +60,9 @@ class PretrainConfig:
         shape_file: URL of a muP shape file that jobs.mup_shapes wrote: initial weights, learning
             rates and logits are scaled by the width over that of its base model; goes with
             optim.name muadamw or muadam.
+        retrieval_start: Initial weights of the retrieval parts of a model that is trained from
+            scratch: normal, as NeMo's, or copying: what followed the current token in a neighbor is
+            copied from the first step on.
         trainable: all parameters, or only those of retrieval, on a frozen decoder (RETRO-fitting;
             needs init_url).
         device: cpu (gloo) or cuda (nccl).
@@ -75,6 +79,7 @@ class PretrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     init_url: str | None = None
     shape_file: str | None = None
+    retrieval_start: Literal["normal", "copying"] = "normal"
     trainable: Literal["all", "retrieval"] = "all"
     device: Literal["cpu", "cuda"] = "cpu"
     dry_run: bool = False
@@ -92,6 +97,11 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
         raise ValueError(
             "trainable=retrieval needs init_url (the decoder to freeze) and a model with "
             "dec_cross_attention"
+        )
+    if config.retrieval_start == "copying" and (config.init_url or not model.config.has_retrieval):
+        raise ValueError(
+            "retrieval_start=copying is for a model with dec_cross_attention that is trained from "
+            "scratch; leave out init_url, or retrieval_start"
         )
     if config.dry_run:
         return _describe(config, model, data)
@@ -156,6 +166,7 @@ def _claim_folder(config: PretrainConfig, shapes: BaseShapes | None, data: Train
         "train_weights": config.data.train_weights,
         "splits_string": config.data.splits_string,
         "window_blocks": config.data.window_blocks if config.data.joined_url else None,
+        "retrieval_start": config.retrieval_start,
         "trainable": config.trainable,
         "precision": config.parallel.precision,
         "base_shapes": shapes,
@@ -186,6 +197,8 @@ def _prepare_weights(
     """Initial or loaded weights, before sharding; a run that continues overwrites them from its
     checkpoint."""
     initialize(model, config.trainer.seed, scales)
+    if config.retrieval_start == "copying":
+        start_copying(model)
     if config.init_url is not None and latest_checkpoint(config.output_url) is None:
         record = require_checkpoint(config.init_url)
         check_tokenizer(record, manifest)

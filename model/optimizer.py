@@ -11,6 +11,7 @@ from torch.optim import Adam, AdamW
 
 from model.config import ConfigError
 from model.mup import WidthScale, WidthScales
+from model.retro import is_retrieval_parameter
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class OptimConfig:
         name: adamw; under muP (with a shape_file) muadamw, or muadam, whose weight decay is part of
             the gradient.
         lr: Peak learning rate; of the base model under muP.
+        retrieval_lr_ratio: Learning rate of the retrieval parts as a fraction of that of the
+            others, after a copy warm-up: text seldom rewards copying, and at the full rate it is
+            unlearned.
         schedule: After linear warm-up: cosine or linear decay to the end, wsd (the peak is held,
             then a linear decay over the last decay_steps), or constant.
         min_lr_ratio: Learning rate at the end, as a fraction of the peak, in every group; without
@@ -35,6 +39,7 @@ class OptimConfig:
 
     name: Literal["adamw", "muadamw", "muadam"] = "adamw"
     lr: float = 6e-4
+    retrieval_lr_ratio: float = 1.0
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
@@ -55,21 +60,28 @@ class OptimConfig:
 def build_optimizer(
     config: OptimConfig, model: nn.Module, scales: WidthScales | None = None
 ) -> Adam:
-    """A group for each learning rate and weight decay that occur; `lr_mult` of a group is its
-    learning rate / config.lr. Under muP `scales` are the width scales of the parameters.
+    """A group for each learning rate and weight decay that occur; a group's learning rate is
+    config.lr * its `lr_mult`, and after a copy warm-up * its `lr_ratio`. Under muP `scales` are
+    the width scales of the parameters.
 
     Raises:
         ConfigError: a muP optimizer without width scales, or another with them.
     """
     check_name(config, scales)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = WidthScale(0, 1.0) if scales is None else scales[name]
             groups.setdefault(_settings(config, name, scale), []).append(parameter)
     options = [
-        {"params": params, "lr": config.lr * lr_mult, "lr_mult": lr_mult, "weight_decay": decay}
-        for (lr_mult, decay), params in groups.items()
+        {
+            "params": params,
+            "lr": config.lr * lr_mult,
+            "lr_mult": lr_mult,
+            "lr_ratio": lr_ratio,
+            "weight_decay": decay,
+        }
+        for (lr_mult, lr_ratio, decay), params in groups.items()
     ]
     optimizer = Adam if config.name == "muadam" else AdamW
     betas = (config.adam_beta1, config.adam_beta2)
@@ -86,13 +98,14 @@ def check_name(config: OptimConfig, scales: WidthScales | None) -> None:
         )
 
 
-def _settings(config: OptimConfig, name: str, scale: WidthScale) -> tuple[float, float]:
-    """(lr_mult, weight decay). Decay within Adam is scaled against the learning rate, so that it
-    does not vanish with width."""
+def _settings(config: OptimConfig, name: str, scale: WidthScale) -> tuple[float, float, float]:
+    """(lr_mult, lr_ratio, weight decay). Decay within Adam is scaled against the learning rate, so
+    that it does not vanish with width."""
     decay = 0.0 if is_exempt(name) else config.weight_decay
     if config.name == "muadam":
         decay *= scale.matrix_mult
-    return 1 / scale.matrix_mult, decay
+    ratio = config.retrieval_lr_ratio if is_retrieval_parameter(name) else 1.0
+    return 1 / scale.matrix_mult, ratio, decay
 
 
 def is_exempt(name: str) -> bool:
@@ -114,6 +127,8 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, lr: float, in_copy_warmup: bool = False
+) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
+        group["lr"] = lr * group["lr_mult"] * (1.0 if in_copy_warmup else group["lr_ratio"])

@@ -6,7 +6,7 @@ The KNN map is keyed by chunk, so it serves any sequence length, order or batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Any, Protocol, Self, TypeVar
 
@@ -94,24 +94,6 @@ class TensorBatch:
     loss_mask: torch.Tensor
     neighbors: torch.Tensor | None
     neighbors_mask: torch.Tensor | None
-
-
-def only_copies(batch: Batch) -> Batch:
-    """The same batch, counting only labels that stand in a neighbor their position can attend to:
-    one of the last completed chunk."""
-    assert batch.neighbors is not None
-    assert batch.neighbors_mask is not None
-    size, chunks, chunk_size = *batch.neighbors.shape[:2], batch.neighbors.shape[-1] // 2
-    found = np.where(batch.neighbors_mask, batch.neighbors, -1).astype(np.int32)
-    # The labels at the positions that attend to each chunk: from its last position on.
-    attending = np.full((size, chunks * chunk_size), -2, np.int32)
-    count = batch.labels.shape[1] - (chunk_size - 1)
-    attending[:, :count] = batch.labels[:, chunk_size - 1 :]
-    found_BCN1 = found.reshape(size, chunks, -1, 1)
-    is_copy = (found_BCN1 == attending.reshape(size, chunks, 1, chunk_size)).any(axis=2)
-    held = np.zeros_like(batch.loss_mask)
-    held[:, chunk_size - 1 :] = is_copy.reshape(size, -1)[:, :count]
-    return replace(batch, loss_mask=batch.loss_mask & held)
 
 
 def split_documents(

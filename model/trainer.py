@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from etl.storage import join_url, put_file, scratch_folder
 from model.checkpoint import Checkpointer
+from model.copy_warmup import only_copies, random_copies
 from model.evaluation import LossSums, batches_of, loss_sums, token_losses
 from model.initialization import generator_seed
 from model.interruption import Interruption
@@ -31,7 +32,7 @@ from model.optimizer import OptimConfig, learning_rate, set_learning_rate
 from model.parallel import all_reduce_sum, sum_over_replicas
 from model.prefetch import Prefetcher
 from model.retro import Retro
-from model.samples import Batch, only_copies
+from model.samples import Batch
 from model.throughput import Throughput
 from model.training_data import TrainingData
 
@@ -60,6 +61,9 @@ class TrainerConfig:
         micro_batch_size: Samples of one forward and backward pass on one rank.
         copy_warmup_steps: First steps, in which only labels count that a neighbor in sight holds:
             what can be copied is learned before what cannot.
+        copy_warmup_tokens: Of these steps: text, the run's own samples; or random tokens, one of
+            whose neighbors is the sample's own text (needs retrieval_start=copying to be learned
+            quickly).
         seed: Of initial weights and sample order.
         val_interval: Steps between validations; there is always one at the end.
         val_samples: Samples of a validation.
@@ -74,6 +78,7 @@ class TrainerConfig:
     global_batch_size: int = 32
     micro_batch_size: int = 8
     copy_warmup_steps: int = 0
+    copy_warmup_tokens: Literal["text", "random"] = "text"
     seed: int = 0
     val_interval: int = 200
     val_samples: int = 64
@@ -114,7 +119,7 @@ class Trainer:
     """Trains a sharded model.
 
     Raises:
-        TrainerError: batch sizes that do not divide, or copy warm-up without neighbors.
+        TrainerError: batch sizes that do not divide, or options of retrieval without it.
     """
 
     def __init__(
@@ -156,6 +161,12 @@ class Trainer:
             raise TrainerError(
                 "copy_warmup_steps needs neighbors to copy from, but the model has no retrieval"
             )
+        if self.optim.retrieval_lr_ratio != 1 and not self.uses_retrieval:
+            raise TrainerError(
+                "optim.retrieval_lr_ratio has no effect on a model without retrieval; leave it out"
+            )
+        if config.copy_warmup_tokens == "random" and not config.copy_warmup_steps:
+            raise TrainerError("copy_warmup_tokens=random has no effect without copy_warmup_steps")
 
     @property
     def uses_retrieval(self) -> bool:
@@ -266,7 +277,7 @@ class Trainer:
         self.model.train()
         seed_dropout(self.device, self.config.seed, self.step, self.rank)
         lr = learning_rate(self.optim, self.step, self.max_steps)
-        set_learning_rate(self.optimizer, lr)
+        set_learning_rate(self.optimizer, lr, self.step < self.config.copy_warmup_steps)
         with self.throughput.waiting():
             work = prefetched.take()
         counts = all_reduce_sum(torch.tensor([work.valid, stop], device=self.device))
@@ -285,8 +296,8 @@ class Trainer:
         self._update(found[0], found[1])
         self._count()
         by_group = {
-            f"lr/decay{group['weight_decay']:g}_x{group['lr_mult']:g}": group["lr"]
-            for group in self.optimizer.param_groups
+            f"lr/decay{g['weight_decay']:g}_x{g['lr_mult'] * g['lr_ratio']:g}": g["lr"]
+            for g in self.optimizer.param_groups
         }
         values = {"loss": found[0], "lr": lr, **by_group, "grad_norm": found[1]}
         return values | {"skipped_steps": self.skipped, "tokens": self.tokens}, found[2] > 0
@@ -327,10 +338,20 @@ class Trainer:
         """This rank's micro-batches of a step."""
         config = self.config
         share = rank_share(config.global_batch_size, step, self.rank, self.world_size)
-        batch = self.data.train.read(*share)
-        if step < config.copy_warmup_steps:
-            batch = only_copies(batch)
+        if step >= config.copy_warmup_steps:
+            batch = self.data.train.read(*share)
+        elif config.copy_warmup_tokens == "text":
+            batch = only_copies(self.data.train.read(*share))
+        else:
+            batch = self._random_copies(*share)
         return batch.split(config.micro_batch_size)
+
+    def _random_copies(self, first: int, count: int) -> Batch:
+        train, about = self.data.train, self.data.about
+        vocabulary = np.setdiff1d(np.arange(about.vocab_size), [about.pad_id, about.eod_id])
+        shape = (train.seq_length, about.chunk_size, train.neighbors)
+        places = np.arange(first, first + count)
+        return random_copies(places, self.config.seed, vocabulary, *shape)
 
     @contextmanager
     def _profiled(self) -> Iterator[None]:

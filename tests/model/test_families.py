@@ -1,6 +1,5 @@
 """The same properties for NeMo's function and for modern decoders, and what tells them apart."""
 
-from dataclasses import replace
 from math import sqrt
 
 import pytest
@@ -9,9 +8,8 @@ import torch
 from model import head
 from model.attention import Mask, attend, windows
 from model.block_attention import attend_blocks, block_mask
-from model.config import ConfigError, RetroConfig
-from model.initialization import initialize, start_retrieval_from_decoder
-from model.retro import Retro, causal_mask, document_segments
+from model.config import ConfigError
+from model.retro import causal_mask, document_segments
 from model.rotary import rotary_table
 from tests.model.test_causality import (
     EOD,
@@ -245,30 +243,6 @@ def test_heads_of_a_group_share_keys_and_values():
     full.load_state_dict(spread)
     tokens, neighbors, mask = sample(16)
     torch.testing.assert_close(*(run(m, tokens, neighbors, mask) for m in (grouped, full)))
-
-
-def test_a_pointer_that_copies_works_with_grouped_queries():
-    shape = {"hidden_size": 32, "kv_channels": 32, "num_attention_heads": 2, "chunk_size": M}
-    config = RetroConfig(
-        **shape,
-        num_query_groups=1,
-        ffn_hidden_size=32,
-        dec_num_layers=1,
-        dec_cross_attention=(0,),
-        enc_num_layers=1,
-        vocab_size=VOCABULARY,
-        eod_id=EOD,
-    )
-    model = Retro(config)
-    initialize(model, 0)
-    start_retrieval_from_decoder(model)
-    context = torch.randn(1, M, 32)
-    attention = model.layers[0].feed_forward_half.cross_attention
-    values = attention.key_value(context)[..., 32:]
-    torch.testing.assert_close(values, context)
-    narrow = replace(config, enc_width_ratio=2.0)
-    with pytest.raises(ConfigError, match=r"enc_width_ratio is 2\.0"):
-        start_retrieval_from_decoder(Retro(narrow))
 
 
 @pytest.mark.parametrize(

@@ -65,3 +65,15 @@ def test_groups_keep_their_multiple_of_the_learning_rate():
     optimizer.param_groups[0]["lr_mult"] = 0.5
     set_learning_rate(optimizer, 0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_retrieval_learns_at_its_own_rate_after_a_copy_warm_up():
+    model = tiny()
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = build_optimizer(OptimConfig(lr=1.0, retrieval_lr_ratio=0.25), model)
+    for in_copy_warmup, slower in ((True, 0.5), (False, 0.125)):
+        set_learning_rate(optimizer, 0.5, in_copy_warmup)
+        for group in optimizer.param_groups:
+            is_retrieval = {is_retrieval_parameter(names[id(p)]) for p in group["params"]}
+            assert group["lr"] == (slower if is_retrieval.pop() else 0.5)
+            assert not is_retrieval

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from etl.storage import StorageError
+from model.copy_warmup import only_copies
 from model.samples import (
     NeighborReader,
     SampleError,
     SampleReader,
-    only_copies,
     split_documents,
 )
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jobs import evaluate
+from jobs import evaluate, pretrain
 from jobs.evaluate import EvaluateConfig
 from model import trainer
 from model.trainer import rank_share
@@ -24,6 +24,12 @@ from tests.training_job import (
 )
 
 pytestmark = pytest.mark.dist
+COPYING = {
+    "retrieval_start": "copying",
+    "trainer__copy_warmup_steps": 4,
+    "trainer__copy_warmup_tokens": "random",
+    "optim__retrieval_lr_ratio": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +70,9 @@ def test_ranks_and_replicas_train_as_one_process(ranks, replicas, whole, data, t
         {"parallel__activation_checkpointing": "full", "model__hidden_dropout": 0.1},
         {"checkpoint__asynchronous": True},
         {"parallel__precision": "bf16"},
+        COPYING,
     ],
-    ids=["dropout, recomputed", "asynchronous", "bf16"],
+    ids=["dropout, recomputed", "asynchronous", "bf16", "copying"],
 )
 def test_a_stopped_run_continues_bit_for_bit(changes, data, tmp_path):
     config = job(data, tmp_path / "whole", **changes)
@@ -78,6 +85,33 @@ def test_a_stopped_run_continues_bit_for_bit(changes, data, tmp_path):
     assert (result["steps"], result["samples"], result["stopped"]) == (STEPS, 48, None)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert_equal_tensors(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
+
+
+def test_a_copy_warm_up_is_the_same_on_any_number_of_ranks(data, tmp_path):
+    """Its random tokens too; the retrieval parts have another learning rate afterwards only."""
+    for ranks in (1, 2):
+        train(job(data, tmp_path / f"{ranks}", **COPYING), ranks, tmp_path)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-6 * one[1]
+    lines = {line["step"]: line for line in metrics(tmp_path / "1") if "lr" in line}
+    ratios = [lines[step]["lr/decay0.1_x0.1"] / lines[step]["lr"] for step in (3, 4, 5, 6)]
+    assert ratios == pytest.approx([1, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (plain(optim__retrieval_lr_ratio=0.5), "retrieval_lr_ratio has no effect"),
+        (plain(trainer__copy_warmup_steps=2), "copy_warmup_steps needs neighbors"),
+        ({"trainer__copy_warmup_tokens": "random"}, "no effect without copy_warmup_steps"),
+        (plain(retrieval_start="copying"), "retrieval_start=copying is for a model with"),
+        ({"retrieval_start": "copying", "init_url": "somewhere"}, "leave out init_url"),
+    ],
+    ids=str,
+)
+def test_options_of_retrieval_that_change_nothing_are_refused(changes, message, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pretrain.run(job(data, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -98,6 +99,11 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
             "trainable=retrieval needs init_url (the decoder to freeze) and a model with "
             "dec_cross_attention"
         )
+    if config.trainer.retrieval_off_share and config.trainable == "retrieval":
+        raise ValueError(
+            "trainer.retrieval_off_share has nothing to train in a frozen decoder; leave it out, "
+            "or set trainable=all"
+        )
     if config.retrieval_start == "copying" and (config.init_url or not model.config.has_retrieval):
         raise ValueError(
             "retrieval_start=copying is for a model with dec_cross_attention that is trained from "
@@ -133,8 +139,10 @@ def trainer_of(
     checkpointer = Checkpointer(config.checkpoint, config.output_url, model, optimizer, about)
     length, neighbors = data.train.seq_length, data.train.neighbors
     log.info("%s", flops.describe(model.config, length, neighbors))
-    is_whole = config.trainable == "all"
-    per_sample = flops.training_flops(model.config, length, neighbors) if is_whole else None
+    per_sample = None
+    if config.trainable == "all":
+        of_sample = partial(flops.training_flops, model.config, length)
+        per_sample = of_sample(neighbors), of_sample(0)
     device = torch.cuda.get_device_name() if config.device == "cuda" else "cpu"
     peak = peak_flops(device, config.parallel.precision)
     throughput = Throughput(mesh.size(), config.device, per_sample, peak)

@@ -18,8 +18,10 @@ from model.layers import EncoderLayer
 from model.retro import NeighborEncoder, Retro
 
 _SHARPNESS, _GAIN = 2.0, 3.0
-_MATCH, _GAIN_OF_EMBEDDINGS = 8.5, 10.0
-_BEFORE = 8.5
+# By how much the score of a match, and of the token before, surpasses others'.
+_MATCH, _BEFORE = 8.5, 8.5
+_GAIN_OF_EMBEDDINGS = 10.0
+# Entries of a head that turn by less, or by more, radians a position.
 _SLOW, _FAST = 0.01, 0.05
 
 
@@ -75,15 +77,17 @@ def start_copying(model: Retro) -> None:
 
     * The encoder's first layer adds to each token's embedding that of the token before it, moved by
       half the width. It finds it by queries and keys that are constant (their biases) and whose
-      rotary angles agree at a distance of one. The other layers write nothing yet.
-    * Queries of chunked cross-attention read the decoder's state, which still resembles the current
-      token's embedding, keys the token before's, and values the neighbor token's own; compared are
-      entries that rotary positions turn by little.
+      rotary angles agree at a distance of one.
+    * No other layer, of encoder or decoder, writes anything yet. So a decoder state is the current
+      token's embedding; at usual weights it would drown in what wide layers add to it.
+    * Queries of chunked cross-attention read the state, keys the embedding of the neighbor's token
+      before, values that of the token itself; compared are entries that rotary positions turn by
+      little.
     * What was found is written in the direction of its own embedding, which raises its logit.
 
     Raises:
-        ConfigError: the encoder has another width than the decoder, there are no biases, or there
-            is a gate, which starts closed.
+        ConfigError: the encoder has another width than the decoder, there are no biases, there is a
+            gate, which starts closed, or rotary positions turn all entries of a head.
     """
     config, encoder = _checked(model)
     if not config.bias or config.cross_attention_gate:
@@ -94,6 +98,12 @@ def start_copying(model: Retro) -> None:
         )
     size = float(model.word_embeddings.weight.detach().std())
     rows = torch.arange(config.head_dim)[_angles(config) <= _SLOW]
+    if not len(rows):
+        raise ConfigError(
+            f"rotary_percentage {config.rotary_percentage} and rope_theta {config.rope_theta} turn "
+            f"all {config.head_dim} entries of a head by more than {_SLOW} a position; a model that"
+            " starts by copying compares tokens by the others"
+        )
     sharpness = _MATCH * sqrt(2) / (config.attention_scale * len(rows))
     pointer = _Pointer(rows, sharpness, _GAIN_OF_EMBEDDINGS * size, config.hidden_size // 2)
     with torch.no_grad():

@@ -37,13 +37,17 @@ class Throughput:
     """Collects the time of steps and what they did.
 
     Args:
-        flops_per_sample: Of a forward and a backward pass; None where it is not known, as with
-            frozen parameters.
+        flops_per_sample: Of a forward and a backward pass with neighbors, and without; None where
+            it is not known, as with frozen parameters.
         peak: Operations a second of a device at most; None: unknown.
     """
 
     def __init__(
-        self, world_size: int, device: str, flops_per_sample: float | None, peak: float | None
+        self,
+        world_size: int,
+        device: str,
+        flops_per_sample: tuple[float, float] | None,
+        peak: float | None,
     ) -> None:
         self.world_size, self.device = world_size, device
         self.flops_per_sample, self.peak = flops_per_sample, peak
@@ -52,7 +56,8 @@ class Throughput:
 
     def _clear(self) -> None:
         self._seconds = self._waited = 0.0
-        self._samples = self._tokens = self._neighbor_tokens = 0
+        self._tokens = self._neighbor_tokens = 0
+        self._flops = 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -71,9 +76,11 @@ class Throughput:
 
     def count(self, samples: int, tokens: int, neighbor_tokens: int) -> None:
         """What a step did on all ranks together, pads included."""
-        self._samples += samples
         self._tokens += tokens
         self._neighbor_tokens += neighbor_tokens
+        if self.flops_per_sample is not None:
+            with_neighbors, without = self.flops_per_sample
+            self._flops += samples * (with_neighbors if neighbor_tokens else without)
 
     def report(self) -> dict[str, Any]:
         """Rates since the last report: tokens_per_s and neighbor_tokens_per_s of all ranks;
@@ -82,7 +89,7 @@ class Throughput:
         per_s = 1 / max(self._seconds, 1e-9)
         rate = None
         if self.flops_per_sample is not None:
-            rate = self.flops_per_sample * self._samples * per_s / self.world_size
+            rate = self._flops * per_s / self.world_size
         values = {
             "tokens_per_s": self._tokens * per_s,
             "neighbor_tokens_per_s": self._neighbor_tokens * per_s,

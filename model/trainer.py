@@ -64,6 +64,9 @@ class TrainerConfig:
         copy_warmup_tokens: Of these steps: text, the run's own samples; or random tokens, one of
             whose neighbors is the sample's own text (needs retrieval_start=copying to be learned
             quickly).
+        retrieval_off_share: Share of the steps after the first and after a copy warm-up, drawn by
+            the seed, that train without retrieval. A model that never did gains from neighbors by
+            their being there, whatever they say.
         seed: Of initial weights and sample order.
         val_interval: Steps between validations; there is always one at the end.
         val_samples: Samples of a validation.
@@ -79,6 +82,7 @@ class TrainerConfig:
     micro_batch_size: int = 8
     copy_warmup_steps: int = 0
     copy_warmup_tokens: Literal["text", "random"] = "text"
+    retrieval_off_share: float = 0.0
     seed: int = 0
     val_interval: int = 200
     val_samples: int = 64
@@ -161,9 +165,15 @@ class Trainer:
             raise TrainerError(
                 "copy_warmup_steps needs neighbors to copy from, but the model has no retrieval"
             )
-        if self.optim.retrieval_lr_ratio != 1 and not self.uses_retrieval:
+        if not 0 <= config.retrieval_off_share < 1:
             raise TrainerError(
-                "optim.retrieval_lr_ratio has no effect on a model without retrieval; leave it out"
+                f"retrieval_off_share is {config.retrieval_off_share}; expected 0 or more, below 1"
+            )
+        is_set = self.optim.retrieval_lr_ratio != 1 or config.retrieval_off_share
+        if is_set and not self.uses_retrieval:
+            raise TrainerError(
+                "optim.retrieval_lr_ratio and trainer.retrieval_off_share have no effect on a model"
+                " without retrieval; leave them out"
             )
         if config.copy_warmup_tokens == "random" and not config.copy_warmup_steps:
             raise TrainerError("copy_warmup_tokens=random has no effect without copy_warmup_steps")
@@ -280,11 +290,12 @@ class Trainer:
         set_learning_rate(self.optimizer, lr, self.step < self.config.copy_warmup_steps)
         with self.throughput.waiting():
             work = prefetched.take()
+        with_retrieval = self._with_retrieval(self.step)
         counts = all_reduce_sum(torch.tensor([work.valid, stop], device=self.device))
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(work.batches):
             sum_over_replicas(self.model, is_last=i == len(work.batches) - 1)
-            losses = token_losses(self.model, batch, self.uses_retrieval, batch.loss_mask)
+            losses = token_losses(self.model, batch, with_retrieval, batch.loss_mask)
             loss = losses.sum() / counts[0].clamp_min(1)
             # FSDP takes the mean of the ranks' gradients.
             (loss * self.world_size).backward()
@@ -326,7 +337,8 @@ class Trainer:
     def _count(self) -> None:
         samples = self.config.global_batch_size
         tokens = samples * self.data.train.seq_length
-        self.throughput.count(samples, tokens, tokens * 2 * self.data.train.neighbors)
+        neighbors = self.data.train.neighbors if self._with_retrieval(self.step) else 0
+        self.throughput.count(samples, tokens, tokens * 2 * neighbors)
         self.step += 1
         self.samples += samples
         self.tokens += tokens
@@ -345,6 +357,12 @@ class Trainer:
         else:
             batch = self._random_copies(*share)
         return batch.split(config.micro_batch_size)
+
+    def _with_retrieval(self, step: int) -> bool:
+        config = self.config
+        drawn = generator_seed(config.seed, f"retrieval off {step}") / 2.0**63
+        is_on = step <= config.copy_warmup_steps or drawn >= config.retrieval_off_share
+        return self.uses_retrieval and is_on
 
     def _random_copies(self, first: int, count: int) -> Batch:
         train, about = self.data.train, self.data.about

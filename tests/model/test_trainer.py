@@ -28,6 +28,7 @@ COPYING = {
     "retrieval_start": "copying",
     "trainer__copy_warmup_steps": 4,
     "trainer__copy_warmup_tokens": "random",
+    "trainer__retrieval_off_share": 0.5,
     "optim__retrieval_lr_ratio": 0.1,
 }
 
@@ -101,7 +102,13 @@ def test_a_copy_warm_up_is_the_same_on_any_number_of_ranks(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (plain(optim__retrieval_lr_ratio=0.5), "retrieval_lr_ratio has no effect"),
+        (plain(optim__retrieval_lr_ratio=0.5), "retrieval_lr_ratio and trainer.retrieval_off"),
+        (plain(trainer__retrieval_off_share=0.5), "retrieval_off_share have no effect"),
+        ({"trainer__retrieval_off_share": 1.0}, "expected 0 or more, below 1"),
+        (
+            {"trainer__retrieval_off_share": 0.5, "trainable": "retrieval", "init_url": "some"},
+            "nothing to train in a frozen decoder",
+        ),
         (plain(trainer__copy_warmup_steps=2), "copy_warmup_steps needs neighbors"),
         ({"trainer__copy_warmup_tokens": "random"}, "no effect without copy_warmup_steps"),
         (plain(retrieval_start="copying"), "retrieval_start=copying is for a model with"),

@@ -53,7 +53,8 @@ class EvaluateConfig:
         map_url: Folder of the held-out dataset's KNN map; for a model with retrieval.
         equal_step_url: Run of a plain decoder that was trained for as many steps.
         equal_time_url: Run of a plain decoder that was trained for as much time.
-        conditions: Of on, off, random (chunks of the database), shuffled (neighbors of another
+        conditions: A list such as ["on", "off"], with quotes (YAML takes a bare on for a boolean),
+            of on, off, random (chunks of the database), shuffled (neighbors of another
             chunk), oracle (the true continuation, a control), n_only and f_only (neighbors without
             their continuation, or it alone), k=N (N neighbors) and database=F (a share F of the
             database's documents; give the map many neighbors for small shares).

@@ -61,9 +61,9 @@ class PretrainConfig:
         shape_file: URL of a muP shape file that jobs.mup_shapes wrote: initial weights, learning
             rates and logits are scaled by the width over that of its base model; goes with
             optim.name muadamw or muadam.
-        retrieval_start: Initial weights of the retrieval parts of a model that is trained from
-            scratch: normal, as NeMo's, or copying: what followed the current token in a neighbor is
-            copied from the first step on.
+        retrieval_start: Initial weights of a model that is trained from scratch: normal, as NeMo's,
+            or copying: what followed the current token in a neighbor is copied from the first step
+            on, and layers write nothing yet. The latter alone on a plain decoder, to compare with.
         trainable: all parameters, or only those of retrieval, on a frozen decoder (RETRO-fitting;
             needs init_url).
         device: cpu (gloo) or cuda (nccl).
@@ -104,10 +104,10 @@ def run(config: PretrainConfig) -> dict[str, Any] | None:
             "trainer.retrieval_off_share has nothing to train in a frozen decoder; leave it out, "
             "or set trainable=all"
         )
-    if config.retrieval_start == "copying" and (config.init_url or not model.config.has_retrieval):
+    if config.retrieval_start == "copying" and config.init_url:
         raise ValueError(
-            "retrieval_start=copying is for a model with dec_cross_attention that is trained from "
-            "scratch; leave out init_url, or retrieval_start"
+            "retrieval_start=copying is for a model that is trained from scratch; leave out "
+            "init_url, or retrieval_start"
         )
     if config.dry_run:
         return _describe(config, model, data)

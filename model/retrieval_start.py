@@ -85,10 +85,14 @@ def start_copying(model: Retro) -> None:
       little.
     * What was found is written in the direction of its own embedding, which raises its logit.
 
+    A plain decoder is silenced only: the one to compare such a model with.
+
     Raises:
         ConfigError: the encoder has another width than the decoder, there are no biases, there is a
             gate, which starts closed, or rotary positions turn all entries of a head.
     """
+    if not model.config.has_retrieval:
+        return _silence(model)
     config, encoder = _checked(model)
     if not config.bias or config.cross_attention_gate:
         raise ConfigError(
@@ -125,6 +129,7 @@ def _checked(model: Retro) -> tuple[RetroConfig, NeighborEncoder]:
     return model.config, model.encoder
 
 
+@torch.no_grad()
 def _silence(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.endswith(RESIDUAL):

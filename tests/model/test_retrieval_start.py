@@ -91,6 +91,16 @@ def test_an_untrained_model_copies_what_followed_the_token_in_a_neighbor(changes
     assert share_right(batch.neighbors.roll(1, 0)) < 0.02
 
 
+def test_decoders_of_both_kinds_start_silent():
+    for changes in ({}, {"dec_cross_attention": ()}):
+        model = tiny(hidden_size=32, **changes)
+        start_copying(model)
+        tokens = torch.arange(2, 10)[None]
+        states = model.final_layernorm(model.word_embeddings(tokens))
+        expected = model.head(states, model.word_embeddings.weight)
+        torch.testing.assert_close(model(tokens, tokens > 0), expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

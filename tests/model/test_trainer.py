@@ -111,7 +111,6 @@ def test_a_copy_warm_up_is_the_same_on_any_number_of_ranks(data, tmp_path):
         ),
         (plain(trainer__copy_warmup_steps=2), "copy_warmup_steps needs neighbors"),
         ({"trainer__copy_warmup_tokens": "random"}, "no effect without copy_warmup_steps"),
-        (plain(retrieval_start="copying"), "retrieval_start=copying is for a model with"),
         ({"retrieval_start": "copying", "init_url": "somewhere"}, "leave out init_url"),
     ],
     ids=str,

@@ -28,7 +28,7 @@ COPYING = {
     "retrieval_start": "copying",
     "trainer__copy_warmup_steps": 4,
     "trainer__copy_warmup_tokens": "random",
-    "trainer__retrieval_off_share": 0.5,
+    "trainer__retrieval_off_share": 0.55,
     "optim__retrieval_lr_ratio": 0.1,
 }
 
@@ -89,7 +89,8 @@ def test_a_stopped_run_continues_bit_for_bit(changes, data, tmp_path):
 
 
 def test_a_copy_warm_up_is_the_same_on_any_number_of_ranks(data, tmp_path):
-    """Its random tokens too; the retrieval parts have another learning rate afterwards only."""
+    """Its random tokens too; the retrieval parts have another learning rate afterwards only, and
+    the last step is one without retrieval."""
     for ranks in (1, 2):
         train(job(data, tmp_path / f"{ranks}", **COPYING), ranks, tmp_path)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
@@ -97,6 +98,8 @@ def test_a_copy_warm_up_is_the_same_on_any_number_of_ranks(data, tmp_path):
     lines = {line["step"]: line for line in metrics(tmp_path / "1") if "lr" in line}
     ratios = [lines[step]["lr/decay0.1_x0.1"] / lines[step]["lr"] for step in (3, 4, 5, 6)]
     assert ratios == pytest.approx([1, 1, 0.1, 0.1])
+    with_neighbors = [lines[step]["neighbor_tokens_per_s"] > 0 for step in range(1, STEPS + 1)]
+    assert with_neighbors == [True, True, True, True, True, False]
 
 
 @pytest.mark.parametrize(

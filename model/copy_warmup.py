@@ -29,7 +29,7 @@ def only_copies(batch: Batch) -> Batch:
 def random_copies(
     places: NDArray[np.int64],
     seed: int,
-    vocabulary: NDArray[np.int32],
+    vocabulary: NDArray[np.integer],
     seq_length: int,
     chunk_size: int,
     neighbors: int,

@@ -143,6 +143,12 @@ def _angles(config: RetroConfig) -> Tensor:
     return torch.cat([turned, turned, torch.zeros(config.head_dim - 2 * half)])
 
 
+def _stretches(groups: int, count: int, size: int) -> Tensor:
+    """[groups, count] which of `size` entries each group reads: one stretch after the other, from
+    the first again after the last."""
+    return torch.arange(groups * count).view(groups, -1) % size
+
+
 def _look_back(attention: SelfAttention, config: RetroConfig, size: float) -> None:
     """Each token reads the one before it and writes it, of the given size, moved by half the
     width."""
@@ -160,7 +166,7 @@ def _look_back(attention: SelfAttention, config: RetroConfig, size: float) -> No
     bias[:, :-2, : len(fast)] = strength
     bias[:, -2, : len(fast)] = strength * fast.cos()
     bias[:, -2, half : half + len(fast)] = strength * fast.sin()
-    places, read = torch.arange(width), torch.arange(groups * width).view(groups, -1) % d
+    places, read = torch.arange(width), _stretches(groups, width, d)
     for head in range(heads):
         group = head * groups // heads
         weight[group, -1, places, read[group]] = 1.0
@@ -180,8 +186,8 @@ def _point(attention: nn.Module | None, config: RetroConfig, pointer: _Pointer) 
     query[:, rows], key[:, rows] = 0.0, 0.0
     value.zero_()
     dense.zero_()
-    content = torch.arange(groups * len(rows)).view(groups, -1) % d
-    copied = torch.arange(groups * width).view(groups, -1) % d
+    content = _stretches(groups, len(rows), d)
+    copied = _stretches(groups, width, d)
     places = torch.arange(width)
     for head in range(heads):
         group = head * groups // heads

@@ -88,6 +88,14 @@ class TrainerConfig:
     val_samples: int = 64
     profile_steps: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.retrieval_off_share < 1:
+            raise TrainerError(
+                f"retrieval_off_share is {self.retrieval_off_share}; expected 0 or more, below 1"
+            )
+        if self.copy_warmup_tokens == "random" and not self.copy_warmup_steps:
+            raise TrainerError("copy_warmup_tokens=random has no effect without copy_warmup_steps")
+
 
 _FREE = {
     "micro_batch_size",
@@ -165,18 +173,12 @@ class Trainer:
             raise TrainerError(
                 "copy_warmup_steps needs neighbors to copy from, but the model has no retrieval"
             )
-        if not 0 <= config.retrieval_off_share < 1:
-            raise TrainerError(
-                f"retrieval_off_share is {config.retrieval_off_share}; expected 0 or more, below 1"
-            )
         is_set = self.optim.retrieval_lr_ratio != 1 or config.retrieval_off_share
         if is_set and not self.uses_retrieval:
             raise TrainerError(
                 "optim.retrieval_lr_ratio and trainer.retrieval_off_share have no effect on a model"
                 " without retrieval; leave them out"
             )
-        if config.copy_warmup_tokens == "random" and not config.copy_warmup_steps:
-            raise TrainerError("copy_warmup_tokens=random has no effect without copy_warmup_steps")
 
     @property
     def uses_retrieval(self) -> bool:
@@ -305,7 +307,7 @@ class Trainer:
         # Here the host waits for the device.
         found = torch.stack([all_reduce_sum(total), norm, counts[1].float()]).tolist()
         self._update(found[0], found[1])
-        self._count()
+        self._count(with_retrieval)
         by_group = {
             f"lr/decay{g['weight_decay']:g}_x{g['lr_mult'] * g['lr_ratio']:g}": g["lr"]
             for g in self.optimizer.param_groups
@@ -334,10 +336,10 @@ class Trainer:
                 "with a smaller optim.lr, or from an earlier checkpoint"
             )
 
-    def _count(self) -> None:
+    def _count(self, with_retrieval: bool) -> None:
         samples = self.config.global_batch_size
         tokens = samples * self.data.train.seq_length
-        neighbors = self.data.train.neighbors if self._with_retrieval(self.step) else 0
+        neighbors = self.data.train.neighbors if with_retrieval else 0
         self.throughput.count(samples, tokens, tokens * 2 * neighbors)
         self.step += 1
         self.samples += samples
